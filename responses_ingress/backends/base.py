@@ -1,0 +1,50 @@
+"""What a backend is, and how a model name finds one.
+
+What must stay true: a backend yields deltas in batches, one batch for what one read brought; it raises
+an `IngressError` for whatever goes wrong, before the first batch or in the middle; cancelling the
+iteration cancels the work upstream. It must not know of the store or the web.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Protocol
+
+from responses_ingress.core.deltas import Delta
+from responses_ingress.core.turn import Turn
+from responses_ingress.errors import ModelNotFound
+
+
+class Backend(Protocol):
+    """One way of producing deltas."""
+
+    @property
+    def name(self) -> str: ...
+
+    def stream(self, turn: Turn) -> AsyncIterator[Sequence[Delta]]:
+        """The turn's deltas, in batches; the last one is a `Finish`."""
+        ...
+
+    async def models(self) -> Sequence[str]:
+        """The model names this backend knows of. Raises `UpstreamError` when it cannot be asked."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A model name pattern (`fnmatch`) and where it leads; `model` is the upstream's name, or None to
+    pass on the name that was asked for."""
+
+    pattern: str
+    backend: Backend
+    model: str | None = None
+
+
+def find_route(routes: Sequence[Route], model: str) -> tuple[Backend, str]:
+    """The backend for `model` and the name it knows it by. The first pattern that matches wins."""
+    for route in routes:
+        if fnmatchcase(model, route.pattern):
+            return route.backend, route.model or model
+    raise ModelNotFound(f"The requested model '{model}' does not exist.", param="model")

@@ -1,0 +1,125 @@
+"""What a backend says: the whole vocabulary between backends and the rest, and its journal form.
+
+What must stay true: a delta about an item names it by output index; items are opaque JSON dicts;
+`encode` and `decode` are inverse to each other. Knows nothing of events, sequence numbers or time.
+
+The life of a response, as deltas:
+
+    Accepted  ( Open  ( Part | Text | Note | Mark )*  Close )*  Remember?  Finish
+
+Several items may be open side by side; each of them is a line of its own.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import orjson
+
+Item = dict[str, Any]
+"""One element of `input` or `output`, the raw JSON object it arrived as."""
+
+Kind = Literal["output_text", "refusal", "reasoning_text", "summary_text"]
+Status = Literal["completed", "incomplete", "failed", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The upstream took the request: 200 headers, or the harness turn began."""
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """An item begins. `item` is its skeleton as clients see it in `output_item.added`."""
+
+    index: int
+    item: Item
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A content or summary part of the item begins. `part` is its skeleton where the backend has one."""
+
+    index: int
+    kind: Kind
+    part: Mapping[str, Any] | None = None
+
+
+@dataclass(slots=True)
+class Text:
+    """Text for the item's open part, or, where no part is open, for its streamed field (`arguments`,
+    `input`, `code`). The only delta that comes by the thousand, and so the only one not frozen: a
+    frozen dataclass costs three times as much to make."""
+
+    index: int
+    text: str
+    logprobs: Sequence[Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """An annotation on the open output_text part."""
+
+    index: int
+    annotation: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """An event without meaning for the output: a named phase of a hosted tool, or one we do not know.
+
+    `event` is the full event type. `index` is None for an event about no item. `extra` holds its other
+    fields (all but type, sequence_number, item_id, output_index)."""
+
+    index: int | None
+    event: str
+    extra: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """The item ends. `item` is the final item where the backend has an authoritative one; its id is
+    always replaced by the id the item was opened with."""
+
+    index: int
+    item: Item | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Remember:
+    """Opaque backend memory: an upstream response id, a harness thread id."""
+
+    state: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The response ends.
+
+    reason: why it is incomplete (`max_output_tokens`, `content_filter`).
+    error:  `{"code", "message"}` of a failed response.
+    usage:  the Responses usage object, or None where the backend gave none.
+    items:  final items by output index that the backend only gave now.
+    echo:   fields of the response object that changed since it was created (`service_tier`, …).
+    at:     unix time of the end; the run sets it.
+    """
+
+    status: Status
+    reason: str | None = None
+    error: Mapping[str, Any] | None = None
+    usage: Mapping[str, Any] | None = None
+    items: Mapping[int, Item] | None = None
+    echo: Mapping[str, Any] | None = None
+    at: int | None = None
+
+
+Delta = Accepted | Open | Part | Text | Note | Mark | Close | Remember | Finish
+
+
+def encode(deltas: Iterable[Delta]) -> bytes:
+    """The journal form of `deltas`."""
+    raise NotImplementedError
+
+
+def decode(payload: bytes) -> list[Delta]:
+    raise NotImplementedError

@@ -1,0 +1,180 @@
+"""The one error tree. Every error a client, an operator or another room can meet is here.
+
+What must stay true: each class fixes `status`, `type` and `code`; the message is one plain sentence a
+person can act on; nothing here holds content of a request. This module imports nothing of the project.
+
+    IngressError
+    ├── InvalidRequest              400  the client can mend it
+    │   ├── MissingParameter             missing_required_parameter
+    │   ├── InvalidType                  invalid_type
+    │   ├── InvalidValue                 invalid_value (or a bound's own code)
+    │   ├── UnknownParameter             unknown_parameter (strict mode only)
+    │   ├── UnsupportedParameter         unsupported_parameter
+    │   ├── MutuallyExclusive            mutually_exclusive_parameters
+    │   ├── ModelNotFound                model_not_found
+    │   ├── PreviousNotFound             previous_response_not_found
+    │   ├── PreviousNotCompleted         previous_response_not_completed
+    │   ├── ContextLengthExceeded        context_length_exceeded
+    │   └── ConversationLocked           conversation_locked
+    ├── Unauthorized                401  invalid_api_key
+    ├── NotFound                    404  no code
+    ├── BodyTooLarge                413  request_too_large
+    ├── Busy                        503  server_is_busy, with Retry-After
+    ├── UpstreamError               502  the backend's fault; the status may be the backend's own
+    │   ├── UpstreamUnreachable     502  upstream_unreachable
+    │   ├── UpstreamTimeout         504  upstream_timeout
+    │   ├── UpstreamTruncated       502  upstream_truncated
+    │   └── UpstreamInvalid         502  upstream_invalid
+    ├── Cancelled                   499  cancelled (no client sees the status)
+    ├── ServerRestarted             500  server_restarted
+    ├── InternalError               500  server_error
+    ├── IllegalDelta                500  a backend said what the grammar of deltas forbids
+    ├── StaleWriter                 500  a write of a run that another worker has taken over
+    └── SettingsError                    for the operator, at start; never sent to a client
+"""
+
+from typing import Any
+
+
+class IngressError(Exception):
+    """Base of all errors of this project."""
+
+    status = 500
+    type = "server_error"
+    code: str | None = "server_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        status: int | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after = retry_after
+        if code is not None:
+            self.code = code
+        if status is not None:
+            self.status = status
+
+    def body(self) -> dict[str, Any]:
+        """The HTTP error body: all four keys, always (decisions: "Error body")."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def detail(self) -> dict[str, str]:
+        """The `error` field of a failed response."""
+        return {"code": self.code or self.type, "message": self.message}
+
+
+class InvalidRequest(IngressError):
+    status, type, code = 400, "invalid_request_error", None
+
+
+class MissingParameter(InvalidRequest):
+    code = "missing_required_parameter"
+
+
+class InvalidType(InvalidRequest):
+    code = "invalid_type"
+
+
+class InvalidValue(InvalidRequest):
+    code = "invalid_value"
+
+
+class UnknownParameter(InvalidRequest):
+    code = "unknown_parameter"
+
+
+class UnsupportedParameter(InvalidRequest):
+    code = "unsupported_parameter"
+
+
+class MutuallyExclusive(InvalidRequest):
+    code = "mutually_exclusive_parameters"
+
+
+class ModelNotFound(InvalidRequest):
+    code = "model_not_found"
+
+
+class PreviousNotFound(InvalidRequest):
+    code = "previous_response_not_found"
+
+
+class PreviousNotCompleted(InvalidRequest):
+    code = "previous_response_not_completed"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    code = "context_length_exceeded"
+
+
+class ConversationLocked(InvalidRequest):
+    code = "conversation_locked"
+
+
+class Unauthorized(IngressError):
+    status, type, code = 401, "invalid_request_error", "invalid_api_key"
+
+
+class NotFound(IngressError):
+    status, type, code = 404, "invalid_request_error", None
+
+
+class BodyTooLarge(IngressError):
+    status, type, code = 413, "invalid_request_error", "request_too_large"
+
+
+class Busy(IngressError):
+    status, type, code = 503, "server_error", "server_is_busy"
+
+
+class UpstreamError(IngressError):
+    """The backend failed or refused; `status`, `code` and `retry_after` say what a client can do."""
+
+    status, type, code = 502, "server_error", "upstream_error"
+
+
+class UpstreamUnreachable(UpstreamError):
+    code = "upstream_unreachable"
+
+
+class UpstreamTimeout(UpstreamError):
+    status, code = 504, "upstream_timeout"
+
+
+class UpstreamTruncated(UpstreamError):
+    code = "upstream_truncated"
+
+
+class UpstreamInvalid(UpstreamError):
+    code = "upstream_invalid"
+
+
+class Cancelled(IngressError):
+    status, code = 499, "cancelled"
+
+
+class ServerRestarted(IngressError):
+    code = "server_restarted"
+
+
+class InternalError(IngressError):
+    pass
+
+
+class IllegalDelta(IngressError):
+    code = "upstream_invalid"
+
+
+class StaleWriter(IngressError):
+    code = "stale_writer"
+
+
+class SettingsError(IngressError):
+    type, code = "settings_error", "settings_error"
