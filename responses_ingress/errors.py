@@ -18,8 +18,11 @@ person can act on; nothing here holds content of a request. This module imports 
     │   └── ConversationLocked           conversation_locked
     ├── Unauthorized                401  invalid_api_key
     ├── NotFound                    404  no code
+    ├── NotAllowed                  405  method_not_allowed
     ├── BodyTooLarge                413  request_too_large
+    ├── UpgradeRequired             426  upgrade_required
     ├── Busy                        503  server_is_busy, with Retry-After
+    ├── StoreUnavailable            503  store_unavailable, with Retry-After
     ├── UpstreamError               502  the backend's fault; the status may be the backend's own
     │   ├── UpstreamUnreachable     502  upstream_unreachable
     │   ├── UpstreamTimeout         504  upstream_timeout
@@ -28,8 +31,11 @@ person can act on; nothing here holds content of a request. This module imports 
     ├── Cancelled                   499  cancelled (no client sees the status)
     ├── ServerRestarted             500  server_restarted
     ├── InternalError               500  server_error
-    ├── IllegalDelta                500  a backend said what the grammar of deltas forbids
+    ├── IllegalDelta                502  a backend said what the grammar of deltas forbids
     ├── StaleWriter                 500  a write of a run that another worker has taken over
+    ├── ResponseRunning                  what this builds on still runs; the runner waits, no client sees it
+    │   └── ThreadBusy                   another turn has the thread
+    ├── PlacementOutdated                the thread has moved since it was read; the runner reads it again
     └── SettingsError                    for the operator, at start; never sent to a client
 """
 
@@ -71,7 +77,8 @@ class IngressError(Exception):
 
 
 class InvalidRequest(IngressError):
-    status, type, code = 400, "invalid_request_error", None
+    status, type = 400, "invalid_request_error"
+    code: str | None = None
 
 
 class MissingParameter(InvalidRequest):
@@ -126,6 +133,14 @@ class NotFound(IngressError):
     status, type, code = 404, "invalid_request_error", None
 
 
+class NotAllowed(IngressError):
+    status, type, code = 405, "invalid_request_error", "method_not_allowed"
+
+
+class UpgradeRequired(IngressError):
+    status, type, code = 426, "invalid_request_error", "upgrade_required"
+
+
 class BodyTooLarge(IngressError):
     status, type, code = 413, "invalid_request_error", "request_too_large"
 
@@ -134,10 +149,15 @@ class Busy(IngressError):
     status, type, code = 503, "server_error", "server_is_busy"
 
 
+class StoreUnavailable(IngressError):
+    status, code = 503, "store_unavailable"
+
+
 class UpstreamError(IngressError):
     """The backend failed or refused; `status`, `code` and `retry_after` say what a client can do."""
 
-    status, type, code = 502, "server_error", "upstream_error"
+    status = 502
+    code = "upstream_error"
 
 
 class UpstreamUnreachable(UpstreamError):
@@ -169,11 +189,28 @@ class InternalError(IngressError):
 
 
 class IllegalDelta(IngressError):
-    code = "upstream_invalid"
+    status, code = 502, "upstream_invalid"
 
 
 class StaleWriter(IngressError):
     code = "stale_writer"
+
+
+class ResponseRunning(IngressError):
+    """The response that this request builds on is still running."""
+
+    def __init__(self, running: str) -> None:
+        super().__init__("The response this request builds on is still running.")
+        self.running = running
+
+
+class ThreadBusy(ResponseRunning):
+    """Another turn has the thread: `running` is its response."""
+
+
+class PlacementOutdated(IngressError):
+    def __init__(self) -> None:
+        super().__init__("The thread has moved since it was read.")
 
 
 class SettingsError(IngressError):

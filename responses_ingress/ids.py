@@ -41,7 +41,7 @@ class Ids:
     writer thread each time."""
 
     def __init__(self, clock: Clock = time.time, random: Callable[[int], bytes] = os.urandom) -> None:
-        self._clock = clock
+        self.clock = clock
         self._random = random
         self._block = ""
 
@@ -56,10 +56,14 @@ class Ids:
         return self._hex(16)
 
     def make(self, prefix: str, partition: str) -> str:
-        return f"{prefix}_{partition}{_FRESH}{int(self._clock()):08x}{self._hex(24)}"
+        return f"{prefix}_{partition}{_FRESH}{int(self.clock()):08x}{self._hex(24)}"
 
     def item(self, type: str, partition: str) -> str:
         return self.make(PREFIXES.get(type, "item"), partition)
+
+    def branch(self, partition: str) -> str:
+        """A branch id. No client sees it, so it is short: it stands in every item's row."""
+        return partition + self._hex(12)
 
     def call(self) -> str:
         """A `call_id` for a call the upstream left unnamed."""

@@ -5,7 +5,7 @@ an `IngressError` for whatever goes wrong, before the first batch or in the midd
 iteration cancels the work upstream. It must not know of the store or the web.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Protocol
@@ -21,7 +21,7 @@ class Backend(Protocol):
     @property
     def name(self) -> str: ...
 
-    def stream(self, turn: Turn) -> AsyncIterator[Sequence[Delta]]:
+    def stream(self, turn: Turn) -> AsyncGenerator[Sequence[Delta], None]:
         """The turn's deltas, in batches; the last one is a `Finish`."""
         ...
 

@@ -10,7 +10,7 @@ The life of a response, as deltas:
 Several items may be open side by side; each of them is a line of its own.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -117,9 +117,73 @@ Delta = Accepted | Open | Part | Text | Note | Mark | Close | Remember | Finish
 
 
 def encode(deltas: Iterable[Delta]) -> bytes:
-    """The journal form of `deltas`."""
-    raise NotImplementedError
+    """The journal form of `deltas`: a JSON array with one short array per delta, the first element being
+    its tag. Text that follows text of the same item shares one array, so that a token costs three bytes
+    more than itself; `decode` still gives back one delta for each."""
+    rows: list[list[Any]] = []
+    texts: list[str] = []
+    index: int | None = None
+    for delta in deltas:
+        if type(delta) is Text and delta.logprobs is None:
+            if delta.index != index:
+                texts, index = [], delta.index
+                rows.append(["t", index, texts])
+            texts.append(delta.text)
+        else:
+            index = None
+            rows.append(_row(delta))
+    return orjson.dumps(rows)
+
+
+def _row(delta: Delta) -> list[Any]:
+    match delta:
+        case Accepted():
+            return ["a"]
+        case Open(index, item):
+            return ["o", index, item]
+        case Part(index, kind, part):
+            return ["p", index, kind, part]
+        case Text(index, text, logprobs):
+            return ["l", index, text, logprobs]
+        case Note(index, annotation):
+            return ["n", index, annotation]
+        case Mark(about, event, extra):
+            return ["m", about, event, extra]
+        case Close(index, final):
+            return ["c", index, final]
+        case Remember(state):
+            return ["r", state]
+        case Finish(status, reason, error, usage, items, echo, at):
+            # Pairs, because the keys of a JSON object are strings and these are numbers.
+            pairs = None if items is None else list(items.items())
+            return ["f", status, reason, error, usage, pairs, echo, at]
 
 
 def decode(payload: bytes) -> list[Delta]:
-    raise NotImplementedError
+    """The deltas that `encode` was given."""
+    deltas: list[Delta] = []
+    for tag, *fields in orjson.loads(payload):
+        if tag == "t":
+            index, texts = fields
+            deltas += [Text(index, text) for text in texts]
+        else:
+            deltas.append(_MADE_BY[tag](*fields))
+    return deltas
+
+
+def _finish(status: Status, reason: str | None, error: Any, usage: Any, *rest: Any) -> Finish:
+    pairs, echo, at = rest
+    return Finish(status, reason, error, usage, None if pairs is None else dict(pairs), echo, at)
+
+
+_MADE_BY: Mapping[str, Callable[..., Delta]] = {
+    "a": Accepted,
+    "o": Open,
+    "p": Part,
+    "l": Text,
+    "n": Note,
+    "m": Mark,
+    "c": Close,
+    "r": Remember,
+    "f": _finish,
+}

@@ -1,0 +1,99 @@
+"""The composition root: settings in, an ASGI application out. The only place where all rooms meet."""
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from time import time
+
+from starlette.types import ASGIApp
+
+from responses_ingress import settings as configuration
+from responses_ingress.backends.base import Backend, Route
+from responses_ingress.backends.chat import ChatBackend
+from responses_ingress.backends.echo import EchoBackend
+from responses_ingress.backends.upstream import Timeouts, Upstream
+from responses_ingress.dialects.chat import ChatOptions
+from responses_ingress.ids import Ids
+from responses_ingress.runs.metrics import Metrics
+from responses_ingress.runs.runner import Limits, Runner
+from responses_ingress.settings import Settings
+from responses_ingress.store import migrate
+from responses_ingress.store.database import Database
+from responses_ingress.web.callers import Keyring
+from responses_ingress.web.models import Models
+from responses_ingress.web.replies import StreamOptions
+from responses_ingress.web.responses import RequestLimits, Responses
+from responses_ingress.web.routes import Health, Web, build
+
+
+def create_app(settings: Settings) -> ASGIApp:
+    """The application for `settings`. It opens its database and backends when the server starts it."""
+    ids = Ids()
+
+    @asynccontextmanager
+    async def open_web() -> AsyncIterator[Web]:
+        await migrate.ensure(settings.async_database_url, auto=settings.migrates)
+        database = Database(settings.async_database_url, time, settings.synchronous)
+        backends = make_backends(settings)
+        metrics = Metrics()
+        runner = Runner(database, make_routes(settings, backends), make_limits(settings), metrics, ids)
+        try:
+            yield make_web(settings, runner, database, metrics)
+        finally:
+            await runner.close(settings.shutdown_grace)
+            for backend in backends.values():
+                await backend.close()
+            await database.close()
+
+    return build(open_web, ids)
+
+
+def create_app_from_environment() -> ASGIApp:
+    """The application of one of several workers: `serve` has put the settings into the environment."""
+    return create_app(configuration.load(None, {}, os.environ))
+
+
+def make_backends(settings: Settings) -> dict[str, Backend]:
+    """The backend of every upstream, by name. Inside the running loop."""
+    return {name: _make_backend(name, upstream) for name, upstream in settings.effective_upstreams.items()}
+
+
+def _make_backend(name: str, given: configuration.Upstream) -> Backend:
+    if given.kind == "echo":
+        return EchoBackend()
+    upstream = Upstream(
+        name=name,
+        url=given.url or "",
+        key=given.api_key,
+        pass_bearer=given.pass_bearer,
+        headers=given.headers,
+        timeouts=Timeouts(given.connect_timeout, given.first_byte_timeout, given.read_timeout),
+    )
+    options = ChatOptions(given.max_tokens_field, given.system, given.reasoning, given.forward)
+    return ChatBackend(upstream, options)
+
+
+def make_routes(settings: Settings, backends: dict[str, Backend]) -> list[Route]:
+    return [Route(route.model, backends[route.upstream], route.upstream_model) for route in settings.effective_routes]
+
+
+def make_limits(settings: Settings) -> Limits:
+    return Limits(
+        flush_interval=settings.flush_interval,
+        disconnect_grace=settings.disconnect_grace,
+        thread_wait=settings.thread_wait,
+        lease=settings.lease,
+        max_runs=settings.max_runs,
+    )
+
+
+def make_web(settings: Settings, runner: Runner, database: Database, metrics: Metrics) -> Web:
+    keyring = Keyring(settings.key_hashes)
+    responses = Responses(
+        runner=runner,
+        database=database,
+        keyring=keyring,
+        limits=RequestLimits(settings.max_body, settings.max_items, settings.strict),
+        stream=StreamOptions(settings.accept_wait, settings.keepalive_interval, settings.sse_done),
+    )
+    return Web(responses, Models(runner, keyring), Health(responses, metrics))

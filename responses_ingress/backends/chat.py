@@ -1,0 +1,97 @@
+"""The backend for chat-completions servers: vLLM, Ollama, llama.cpp, vendors.
+
+All that is chat is in dialects/chat; here is when things happen: what one read brings becomes one batch
+of deltas, in portions, so that the first token of a burst need not wait for the last.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+import orjson
+
+from responses_ingress.backends.upstream import Answer, Client, Upstream, parse_json
+from responses_ingress.core.deltas import Accepted, Delta, Finish
+from responses_ingress.core.turn import Turn
+from responses_ingress.dialects.chat import ChatOptions, encode
+from responses_ingress.dialects.chat_reader import ChatReader
+from responses_ingress.dialects.failures import read_error
+from responses_ingress.dialects.sse import Parser, ServerEvent
+from responses_ingress.errors import UpstreamInvalid
+
+logger = logging.getLogger(__name__)
+
+_PORTION = 64  # chunks
+_DONE = b"[DONE]"
+
+
+class ChatBackend:
+    """One chat-completions server."""
+
+    def __init__(self, upstream: Upstream, options: ChatOptions) -> None:
+        self._upstream = upstream
+        self._options = options
+        self._client = Client(upstream)
+
+    @property
+    def name(self) -> str:
+        return self._upstream.name
+
+    async def stream(self, turn: Turn) -> AsyncGenerator[Sequence[Delta], None]:
+        call = encode(turn, self._options)
+        if call.dropped:
+            logger.info("%s: left out tools that %s does not have: %s", turn.response_id, self.name, call.dropped)
+        reader = ChatReader(call.tools)
+        body = orjson.dumps(call.body)
+        async with self._client.post("/chat/completions", body, turn.bearer) as answer:
+            if answer.status >= 400:
+                raise read_error(answer.status, await answer.read_error(), answer.retry_after)
+            yield [Accepted()]
+            if not answer.is_stream:
+                yield reader.read_json(parse_json(self._upstream, await answer.read()))
+                return
+            async with aclosing(self._read_stream(answer, reader)) as batches:
+                async for deltas in batches:
+                    yield deltas
+
+    async def _read_stream(self, answer: Answer, reader: ChatReader) -> AsyncGenerator[Sequence[Delta], None]:
+        parser = Parser()
+        async with aclosing(answer.chunks()) as chunks:
+            async for chunk in chunks:
+                events = parser.feed(chunk)
+                for start in range(0, len(events), _PORTION):
+                    deltas, ended = _read_events(events[start : start + _PORTION], reader)
+                    if deltas:
+                        yield deltas
+                    if ended:
+                        return
+                    if start + _PORTION < len(events):
+                        await asyncio.sleep(0)
+        yield reader.end()
+
+    async def models(self) -> Sequence[str]:
+        listed = await self._client.get_json("/models")
+        entries = listed.get("data") if isinstance(listed, dict) else None
+        if not isinstance(entries, list):
+            raise UpstreamInvalid(f"The upstream '{self.name}' does not list its models.")
+        return [entry["id"] for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
+
+    async def close(self) -> None:
+        await self._client.close()
+
+
+def _read_events(events: Sequence[ServerEvent], reader: ChatReader) -> tuple[list[Delta], bool]:
+    """The deltas of some chunks, and whether the answer has ended."""
+    deltas: list[Delta] = []
+    for name, data in events:
+        if data == _DONE:
+            return [*deltas, *reader.end()], True
+        try:
+            chunk = orjson.loads(data)
+        except orjson.JSONDecodeError:
+            raise UpstreamInvalid("The upstream sent a chunk that is not JSON.") from None
+        deltas += reader.fail(chunk) if name == "error" else reader.feed(chunk)
+        if deltas and isinstance(deltas[-1], Finish):
+            return deltas, True
+    return deltas, False

@@ -1,0 +1,112 @@
+"""Items: what an element of `input` or `output` is to us, and when two of them are the same.
+
+What must stay true: an item is the raw JSON dict it arrived as; nothing here drops a field of one. Two
+items are the same when a client that carries its own history would send one for the other (`digest`).
+Knows nothing of threads or storage.
+"""
+
+from collections.abc import Iterable, Mapping
+from hashlib import blake2b
+from typing import Any
+
+import orjson
+
+from responses_ingress.core.deltas import Item
+
+OUTPUTS = frozenset({"function_call_output", "custom_tool_call_output"})
+CALLS = frozenset({"function_call", "custom_tool_call"})
+
+# What decides whether two items are the same, by type. Measured on codex 0.60 to 0.169: clients drop or
+# rewrite ids, statuses, phases, annotations, logprobs and unknown fields when they send history back.
+# `encrypted_content` is left out because OpenAI encrypts it anew in the terminal event; the reasoning
+# text because some clients drop it. What is left of a reasoning item tells little: its place decides.
+_IDENTITY: dict[str, tuple[str, ...]] = {
+    "message": ("role", "content"),
+    "reasoning": ("summary",),
+    "function_call": ("call_id", "name", "namespace", "arguments"),
+    "function_call_output": ("call_id", "output"),
+    "custom_tool_call": ("call_id", "name", "namespace", "input"),
+    "custom_tool_call_output": ("call_id", "output"),
+}
+_NOT_IDENTITY = frozenset({"id", "status", "phase", "encrypted_content", "internal_chat_message_metadata_passthrough"})
+_PART_NOT_IDENTITY = frozenset({"annotations", "logprobs", "prompt_cache_breakpoint", "detail"})
+
+# Items that a client must send back for the history to make sense. All others (reasoning, hosted calls)
+# codex and the SDKs drop silently in some version or another.
+_ANCHORS = frozenset({"message", "compaction", "additional_tools"}) | CALLS | OUTPUTS
+
+
+def user_message(text: str) -> Item:
+    """The message item that a string `input` stands for."""
+    return {"type": "message", "role": "user", "content": [{"type": "input_text", "text": text}]}
+
+
+def is_anchor(type: str) -> bool:
+    """Whether a client that carries its own history is sure to send an item of this type back."""
+    return type in _ANCHORS
+
+
+def is_model_made(item: Mapping[str, Any]) -> bool:
+    """Whether only a model can have made this item, so that its sender carries its own history."""
+    type: str = item["type"]
+    if type == "message":
+        return item.get("role") == "assistant"
+    return type == "reasoning" or type.endswith("_call")
+
+
+def digest(item: Item) -> bytes:
+    """16 bytes that are equal for items that are the same (see `_IDENTITY`)."""
+    type = item["type"]
+    fields = _IDENTITY.get(type)
+    if fields is None:
+        kept = {key: value for key, value in item.items() if key not in _NOT_IDENTITY and value is not None}
+    else:
+        kept = {key: _plain(item, key) for key in fields if item.get(key) is not None}
+        kept["type"] = type
+    return blake2b(orjson.dumps(kept, option=orjson.OPT_SORT_KEYS), digest_size=16).digest()
+
+
+def _plain(item: Item, key: str) -> Any:
+    """The field without what clients rewrite: part lists for strings, parts without annotations."""
+    value = item[key]
+    if key == "content" and isinstance(value, str):
+        return [{"type": _text_part(item), "text": value}]
+    if isinstance(value, list):
+        return [_plain_part(part) if isinstance(part, dict) else part for part in value]
+    return value
+
+
+def _plain_part(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in part.items() if key not in _PART_NOT_IDENTITY and value is not None}
+
+
+def _text_part(item: Mapping[str, Any]) -> str:
+    return "output_text" if item.get("role") == "assistant" else "input_text"
+
+
+def listed(item: Item) -> Item:
+    """The item as the list endpoints show it: content as parts, a status on every message."""
+    if item["type"] != "message":
+        return item
+    shown = {"status": "completed", **item}
+    if isinstance(item.get("content"), str):
+        part: dict[str, Any] = {"type": _text_part(item), "text": item["content"]}
+        if part["type"] == "output_text":
+            part |= {"annotations": [], "logprobs": []}
+        shown["content"] = [part]
+    return shown
+
+
+def last_user_text(items: Iterable[Item]) -> str:
+    """The text of the last user message, or ""."""
+    texts = [text_of(item) for item in items if item["type"] == "message" and item.get("role") == "user"]
+    return texts[-1] if texts else ""
+
+
+def text_of(item: Mapping[str, Any]) -> str:
+    """All text in a message's content or a tool output, joined."""
+    content = item.get("content", item.get("output"))
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    return "".join(part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str))

@@ -1,0 +1,130 @@
+"""What upstreams say when they fail, as our errors: HTTP error bodies and errors inside of a 200.
+
+What must stay true: a client learns whether it can mend the request (4xx), wait (429, 503) or must give
+up; a full context has one code, `context_length_exceeded`, whatever the upstream calls it, because
+clients compact on it; trouble with the upstream's own key never looks like trouble with the client's.
+Knows nothing of which upstream it was.
+"""
+
+import re
+from typing import Any, NamedTuple
+
+import orjson
+
+from responses_ingress.errors import UpstreamError
+
+_LONGEST = 500
+_KEPT = frozenset({400, 401, 403, 404, 413, 429})
+_MAPPED = {408: 504, 503: 503, 504: 504, 529: 503}
+_OWN_KEY = frozenset({401, 403})
+
+_OVERFLOW = re.compile(
+    "|".join(
+        (
+            r"context.(length|window).exceeded",  # the code of OpenAI, Azure, Groq, DeepSeek
+            r"exceed_context_size",  # llama.cpp's type
+            r"maximum context length",  # OpenAI, vLLM, OpenRouter, Mistral, SGLang
+            r"(exceed\w*|longer than|greater than) .{0,60}context (length|window|size|limit)",  # LM Studio, Ollama
+            r"context (length|window|size|limit) .{0,40}exceed",
+            r"maximum (model|prompt) length",  # vLLM, xAI
+            r"(prompt|input) (is )?too long",  # Anthropic, Bedrock, Ollama
+            r"too long to fit into the model",  # older vLLM
+            r"input token count .{0,80}exceed",  # Gemini
+            r"reduce the length of the (messages|prompt)",  # Groq, OpenAI
+            r"exceeded model token limit",  # Moonshot
+            r"`inputs` (tokens|must have less)",  # TGI
+        )
+    ),
+    re.IGNORECASE | re.DOTALL,
+)
+_RATE_LIMIT = re.compile(r"rate.?limit|too many requests", re.IGNORECASE)
+
+
+class _Trouble(NamedTuple):
+    """What could be read of an error. `code` is the upstream's own, `number` its status if it says one."""
+
+    message: str
+    code: str = ""
+    number: int = 0
+
+    @property
+    def is_overflow(self) -> bool:
+        return not self.is_rate_limit and bool(_OVERFLOW.search(f"{self.code} {self.message}"))
+
+    @property
+    def is_rate_limit(self) -> bool:
+        return self.number == 429 or bool(_RATE_LIMIT.search(self.code))
+
+
+def read_error(status: int, body: bytes, retry_after: float | None = None) -> UpstreamError:
+    """The error for an upstream's answer with a status other than 200."""
+    trouble = _read(body)._replace(number=status)
+    code = _code(trouble)
+    if code == "context_length_exceeded":
+        status = 400
+    said = f": {trouble.message}" if trouble.message else "."
+    message = f"The upstream {'refused the request' if status < 500 else 'failed'} (status {trouble.number}){said}"
+    return UpstreamError(message, code=code, status=_status(status), retry_after=retry_after)
+
+
+def in_band(body: Any) -> dict[str, str]:
+    """The error of a failed response, for an error object in the middle of a 200."""
+    trouble = _find(body)
+    code = "server_error"
+    if trouble.is_rate_limit or _RATE_LIMIT.search(trouble.message):
+        code = "rate_limit_exceeded"
+    elif trouble.is_overflow:
+        code = "context_length_exceeded"
+    name = trouble.code or (f"status {trouble.number}" if trouble.number else "")
+    said = f": {trouble.message}" if trouble.message else "."
+    return {"code": code, "message": f"The upstream reported an error{f' ({name})' if name else ''}{said}"}
+
+
+def _status(status: int) -> int:
+    if status in _KEPT:
+        return status
+    return _MAPPED.get(status, 400 if 400 <= status < 500 else 502)
+
+
+def _code(trouble: _Trouble) -> str | None:
+    if trouble.is_overflow:
+        return "context_length_exceeded"
+    if trouble.number in _OWN_KEY:
+        return None
+    return trouble.code or ("rate_limit_exceeded" if trouble.is_rate_limit else None)
+
+
+def _read(body: bytes) -> _Trouble:
+    try:
+        return _find(orjson.loads(body))
+    except orjson.JSONDecodeError:
+        text = body[: 4 * _LONGEST].decode("utf-8", "replace").strip()
+        return _Trouble("" if text.startswith("<") else text[:_LONGEST])
+
+
+def _find(body: Any) -> _Trouble:
+    """The error in a body: under `error` (OpenAI and most), bare (vLLM, Mistral), in `detail` (FastAPI), in
+    a list (Gemini), or just a string (Ollama)."""
+    if isinstance(body, list) and body:
+        return _find(body[0])
+    if isinstance(body, str):
+        return _Trouble(body[:_LONGEST])
+    if not isinstance(body, dict):
+        return _Trouble("")
+    for key in ("error", "detail"):
+        if isinstance(body.get(key), (dict, list, str)) and body[key]:
+            inner = _find(body[key])
+            if inner.message:
+                return inner
+    code, kind = body.get("code"), body.get("type")
+    name = code if isinstance(code, str) else kind if isinstance(kind, str) else ""
+    number = code if isinstance(code, int) else body.get("status_code")
+    return _Trouble(_message(body)[:_LONGEST], name, number if isinstance(number, int) else 0)
+
+
+def _message(error: dict[str, Any]) -> str:
+    """OpenRouter's own message is always the same; what the provider behind it said is in `metadata.raw`."""
+    message = error.get("message") or error.get("msg")
+    metadata = error.get("metadata")
+    raw = metadata.get("raw") if isinstance(metadata, dict) else None
+    return " ".join(text for text in (message, raw) if isinstance(text, str) and text)

@@ -1,0 +1,100 @@
+"""The feed: a run's events, to whoever follows it.
+
+What must stay true: a follower reads at its own pace and never slows the run or another follower; the
+events a follower gets are whole and in order from the one it asked for; a follower that leaves leaves
+nothing behind. The feed decides nothing: the run publishes only what may be seen.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from responses_ingress.core.builder import Event
+
+
+class Feed:
+    """All events published so far, and who reads them."""
+
+    def __init__(self, on_deserted: Callable[[], None]) -> None:
+        self.events: list[Event] = []
+        self.ended = False
+        self._followers: set[Follower] = set()
+        self._on_deserted = on_deserted
+
+    @property
+    def followed(self) -> bool:
+        return bool(self._followers)
+
+    def publish(self, events: Sequence[Event]) -> None:
+        self.events.extend(events)
+        self._wake_all()
+
+    def end(self) -> None:
+        """No event will follow."""
+        self.ended = True
+        self._wake_all()
+
+    def follow(self) -> "Follower":
+        follower = Follower(self)
+        self._followers.add(follower)
+        return follower
+
+    def leave(self, follower: "Follower") -> None:
+        self._followers.discard(follower)
+        if not self._followers and not self.ended:
+            self._on_deserted()
+
+    def _wake_all(self) -> None:
+        for follower in self._followers:
+            follower.wake()
+
+
+class Follower:
+    """A place in a feed. Use as a context manager: leaving it leaves the feed."""
+
+    def __init__(self, feed: Feed) -> None:
+        self._feed = feed
+        self._position = 0
+        self._waiting: asyncio.Future[None] | None = None
+        self.left = False
+
+    def __enter__(self) -> "Follower":
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """Stop following; whoever waits in `next` is given nothing more."""
+        if not self.left:
+            self.left = True
+            self._feed.leave(self)
+            self.wake()
+
+    @property
+    def done(self) -> bool:
+        """Whether `next` has nothing more to give, ever."""
+        return self.left or (self._feed.ended and self._position == len(self._feed.events))
+
+    def wake(self) -> None:
+        """Let `next` return, with nothing if there is nothing."""
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    async def end(self) -> None:
+        """Wait until the feed has ended or this follower left, and read nothing."""
+        while not (self.left or self._feed.ended):
+            await self._wait()
+
+    async def _wait(self) -> None:
+        self._waiting = asyncio.get_running_loop().create_future()
+        await self._waiting
+
+    async def next(self, most: int) -> Sequence[Event]:
+        """Up to `most` events, as soon as there are any; none when woken without, or when `done`."""
+        if self._position == len(self._feed.events) and not self.done:
+            await self._wait()
+        if self.left:
+            return ()
+        events = self._feed.events[self._position : self._position + most]
+        self._position += len(events)
+        return events

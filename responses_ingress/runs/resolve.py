@@ -1,0 +1,190 @@
+"""What a request means: which thread it belongs to, and which items its turn is about.
+
+The rules, in order (docs/architecture.md, "What a request means"):
+1. `previous_response_id`: the stored history up to there, then the input.
+2. a session whose client carries its own history: the input as sent, laid along the thread's branch so
+   that only what is new is stored.
+3. a session otherwise: the thread's active branch, then the input.
+4. neither: the input alone.
+
+What must stay true: this only reads. What it found may have changed when the response begins; the store
+checks that then (`Placement.seen`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import orjson
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from responses_ingress.core.context import align
+from responses_ingress.core.deltas import Item
+from responses_ingress.core.items import digest, is_model_made
+from responses_ingress.core.request import Caller, Request
+from responses_ingress.errors import (
+    NotFound,
+    PreviousNotCompleted,
+    PreviousNotFound,
+    ResponseRunning,
+)
+from responses_ingress.ids import Ids, named_thread, partition_of
+from responses_ingress.store.database import Database
+from responses_ingress.store.history import ThreadHead, find_items, find_thread, read_digests, read_payloads
+from responses_ingress.store.responses import find_response
+from responses_ingress.store.turns import NewItem, Placement
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A request's place and its items. `placement` is None where nothing is to be written.
+
+    stored: `new` as the branch takes it.
+    """
+
+    thread_id: str
+    placement: Placement | None
+    context: Sequence[Item]
+    new: Sequence[Item]
+    stored: Sequence[NewItem] = ()
+    memory: bytes | None = None
+
+
+async def resolve(database: Database, ids: Ids, request: Request, caller: Caller) -> Resolved:
+    """Raises `PreviousNotFound`, `PreviousNotCompleted`, `NotFound` (a conversation, a referenced item),
+    `ResponseRunning`."""
+    if request.conversation is not None:
+        raise NotFound(f"Conversation with id '{request.conversation}' not found.")
+    if caller.kind != "turn":  # codex's prewarm, memory and compaction requests are no turns of the thread
+        caller = replace(caller, thread_key=None)
+    given = await _dereference(database, caller.tenant, request.input)
+    if request.previous_response_id is not None:
+        return await _after_previous(database, ids, request, caller, given)
+    if caller.thread_key is not None:
+        return await _in_session(database, ids, request, caller, given)
+    return _alone(ids, request, caller, given)
+
+
+def _alone(ids: Ids, request: Request, caller: Caller, given: Sequence[Item]) -> Resolved:
+    partition = ids.partition()
+    thread_id = ids.make("thread", partition)
+    if not request.store:
+        return Resolved(thread_id, None, (), given)
+    branch = ids.branch(partition)
+    placement = Placement(caller.tenant, thread_id, None, branch, 0, 0, branch, new_thread=True)
+    return _resolved(ids, placement, (), given)
+
+
+async def _after_previous(
+    database: Database, ids: Ids, request: Request, caller: Caller, given: Sequence[Item]
+) -> Resolved:
+    previous = request.previous_response_id or ""
+    async with database.reading() as connection:
+        row = await find_response(connection, caller.tenant, previous)
+        if row is None:
+            raise PreviousNotFound(f"Previous response with id '{previous}' not found.", param="previous_response_id")
+        if row.running:
+            raise ResponseRunning(row.id)
+        if row.branch_id is None or row.stop is None:
+            raise PreviousNotCompleted(
+                f"Previous response with id '{previous}' has status '{row.status}' and cannot be built on.",
+                param="previous_response_id",
+            )
+        context = _parsed(await read_payloads(connection, row.branch_id, 0, row.stop))
+        if caller.thread_key is None:
+            branch = ids.branch(partition_of(row.thread_id))
+            placement = Placement(caller.tenant, row.thread_id, None, row.branch_id, row.stop, row.stop, branch)
+            return _resolved(ids, placement, context, given)
+        placement, head = await _session(connection, ids, caller)
+    placement = replace(placement, branch_id=row.branch_id, position=row.stop, first=row.stop)
+    return replace(_resolved(ids, placement, context, given), memory=head.memory if head else None)
+
+
+async def _session(connection: AsyncConnection, ids: Ids, caller: Caller) -> tuple[Placement, ThreadHead | None]:
+    """The place behind all that is on the session's active branch."""
+    key = caller.thread_key or ""
+    thread_id = named_thread(caller.tenant, key)
+    branch = ids.branch(partition_of(thread_id))
+    head = await find_thread(connection, caller.tenant, thread_id)
+    if head is None:
+        return Placement(caller.tenant, thread_id, key, branch, 0, 0, branch, new_thread=True, exclusive=True), None
+    placement = Placement(
+        caller.tenant,
+        thread_id,
+        key,
+        head.active_branch,
+        head.head,
+        head.head,
+        branch,
+        exclusive=True,
+        seen=(head.active_branch, head.head),
+    )
+    return placement, head
+
+
+async def _in_session(
+    database: Database, ids: Ids, request: Request, caller: Caller, given: Sequence[Item]
+) -> Resolved:
+    async with database.reading() as connection:
+        placement, head = await _session(connection, ids, caller)
+        memory = head.memory if head else None
+        if not request.store or any(is_model_made(item) for item in given):
+            resolved = await _carried(connection, ids, placement, caller, given)
+        else:
+            context = _parsed(await read_payloads(connection, placement.branch_id, 0, placement.position))
+            resolved = _resolved(ids, placement, context, given)
+    return replace(resolved, memory=memory)
+
+
+async def _carried(
+    connection: AsyncConnection, ids: Ids, placement: Placement, caller: Caller, given: Sequence[Item]
+) -> Resolved:
+    """The client sent its history: store only what the branch does not have.
+
+    A thread that codex forked from another one begins on that one's branch.
+    """
+    if placement.new_thread and caller.forked_from is not None:
+        parent = await find_thread(connection, caller.tenant, named_thread(caller.tenant, caller.forked_from))
+        if parent is not None:
+            placement = replace(placement, branch_id=parent.active_branch, position=parent.head)
+    digests = [digest(item) for item in given]
+    stored = await read_digests(connection, placement.branch_id, placement.position)
+    position, tail = align(stored, digests)
+    if position == 0:
+        branch = placement.new_branch if placement.new_thread else placement.branch_id
+        placement = replace(placement, branch_id=branch)
+    placement = replace(placement, position=position, first=0)
+    return _resolved(ids, placement, given[:tail], given[tail:], digests[tail:])
+
+
+def _resolved(
+    ids: Ids, placement: Placement, context: Sequence[Item], new: Sequence[Item], digests: Sequence[bytes] | None = None
+) -> Resolved:
+    partition = partition_of(placement.thread_id)
+    named = [item if isinstance(item.get("id"), str) else _named(item, ids, partition) for item in new]
+    stored = [
+        NewItem(item["id"], item["type"], digests[at] if digests else digest(item), orjson.dumps(item))
+        for at, item in enumerate(named)
+    ]
+    return Resolved(placement.thread_id, placement, context, named, stored)
+
+
+def _named(item: Item, ids: Ids, partition: str) -> Item:
+    return {**item, "id": ids.item(item["type"], partition)}
+
+
+def _parsed(payloads: Sequence[bytes]) -> list[Item]:
+    items: list[Item] = orjson.loads(b"[" + b",".join(payloads) + b"]")
+    return items
+
+
+async def _dereference(database: Database, tenant: str, given: Sequence[Item]) -> Sequence[Item]:
+    """The input with every `item_reference` replaced by the stored item."""
+    wanted = [item["id"] for item in given if item["type"] == "item_reference"]
+    if not wanted:
+        return given
+    async with database.reading() as connection:
+        found = await find_items(connection, tenant, wanted)
+    missing = next((id for id in wanted if id not in found), None)
+    if missing is not None:
+        raise NotFound(f"Item with id '{missing}' not found.", param="input")
+    return [orjson.loads(found[item["id"]]) if item["type"] == "item_reference" else item for item in given]

@@ -1,0 +1,279 @@
+"""The runner: begins runs, knows those of this process, and finds those a dead process left behind.
+
+What must stay true: a turn of a session has its thread before its backend is called; a run nobody
+follows ends after the grace period, unless it works in the background; every unfinished response whose
+lease has run out is closed; only this room starts a task for a response.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import orjson
+
+from responses_ingress.backends.base import Route, find_route
+from responses_ingress.core.deltas import Finish
+from responses_ingress.core.envelope import Envelope, open_envelope, reduce, split_repeated
+from responses_ingress.core.replay import fold
+from responses_ingress.core.request import Caller, Request
+from responses_ingress.core.turn import Turn
+from responses_ingress.errors import (
+    Busy,
+    Cancelled,
+    IngressError,
+    PlacementOutdated,
+    ResponseRunning,
+    ServerRestarted,
+    StoreUnavailable,
+    ThreadBusy,
+)
+from responses_ingress.ids import Ids, partition_of
+from responses_ingress.runs.metrics import Metrics
+from responses_ingress.runs.resolve import Resolved, resolve
+from responses_ingress.runs.run import Kit, Record, Run, new_item
+from responses_ingress.store.database import Database, renew_leases
+from responses_ingress.store.responses import (
+    StoredResponse,
+    delete_response,
+    envelope_of,
+    find_expired,
+    read_journal,
+)
+from responses_ingress.store.turns import Ending, NewResponse, Owner, Placement, begin, end, take_over
+
+logger = logging.getLogger(__name__)
+
+_POLL = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Times in seconds; see docs/configuration.md for each."""
+
+    flush_interval: float = 0.1
+    disconnect_grace: float = 10.0
+    thread_wait: float = 30.0
+    lease: float = 30.0
+    max_runs: int = 1000
+
+
+class Runner:
+    """The runs of one process. Open it in the running loop."""
+
+    def __init__(self, database: Database, routes: Sequence[Route], limits: Limits, metrics: Metrics, ids: Ids) -> None:
+        self._database = database
+        self._routes = routes
+        self._limits = limits
+        self._metrics = metrics
+        self._clock = ids.clock
+        self._ids = ids
+        self._owner = Owner(ids.request(), 1, limits.lease)
+        self._kit = Kit(ids, limits.flush_interval, self._on_deserted)
+        self._runs: dict[str, Run] = {}
+        self._recorded: set[str] = set()
+        self._closing = False
+        self._upkeep = asyncio.create_task(self._keep_up(), name="runs-upkeep")
+
+    def get(self, response_id: str) -> Run | None:
+        """The run of this process that is producing the response, if one is."""
+        return self._runs.get(response_id)
+
+    async def models(self) -> list[str]:
+        """The model names a client can ask for: those routed by their full name, and what the backends
+        behind patterns know. A backend that cannot be asked adds nothing."""
+        names = [route.pattern for route in self._routes if not _is_pattern(route.pattern)]
+        asked = {route.backend.name: route.backend for route in self._routes if _is_pattern(route.pattern)}
+        for backend in asked.values():
+            try:
+                names += await backend.models()
+            except IngressError as error:
+                logger.warning("backend %s does not tell its models: %s", backend.name, error.message)
+        return list(dict.fromkeys(names))
+
+    async def delete(self, tenant: str, response_id: str) -> bool:
+        """Delete an ended response. False where there is none."""
+        async with self._database.transaction() as connection:
+            return await delete_response(connection, tenant, response_id)
+
+    async def create(self, request: Request, caller: Caller) -> Run:
+        """Begin a response. Whatever is wrong with the request is raised before anything is written."""
+        if self._closing or len(self._runs) >= self._limits.max_runs:
+            raise Busy("The server is at its limit of running responses. Try again soon.", retry_after=1)
+        backend, model = find_route(self._routes, request.model)
+        deadline = asyncio.get_running_loop().time() + self._limits.thread_wait
+        while True:
+            try:
+                resolved = await resolve(self._database, self._ids, request, caller)
+                envelope = self._envelope(request, resolved)
+                record = await self._begin(request, caller, resolved, envelope, backend.name)
+            except PlacementOutdated:
+                continue
+            except ResponseRunning as busy:
+                await self._wait_for(busy, deadline)
+            else:
+                break
+        turn = _turn(request, caller, resolved, envelope["id"], model)
+        return self._started(Run(turn, backend, envelope, record, self._kit))
+
+    def _envelope(self, request: Request, resolved: Resolved) -> Envelope:
+        id = self._ids.make("resp", partition_of(resolved.thread_id))
+        return open_envelope(request, id, int(self._clock()))
+
+    async def _begin(
+        self, request: Request, caller: Caller, resolved: Resolved, envelope: Envelope, backend: str
+    ) -> Record | None:
+        """Write the response's row. A turn of a session waits here until it has its thread."""
+        if resolved.placement is None:
+            return None
+        new = _new_response(request, caller, resolved, envelope, backend)
+        begun = self._database.submit(begin(new, resolved.placement, self._owner))
+        if resolved.placement.exclusive:
+            await begun
+        return Record(self._database, resolved.placement, self._owner, request.store, resolved.stored, begun)
+
+    def _started(self, run: Run) -> Run:
+        self._runs[run.id] = run
+        if run.recorded:
+            self._recorded.add(run.id)
+        self._metrics.running.inc()
+        began = self._clock()
+        run.ended.add_done_callback(lambda _: self._on_ended(run, began))
+        return run
+
+    def _on_ended(self, run: Run, began: float) -> None:
+        del self._runs[run.id]
+        self._recorded.discard(run.id)
+        name = run.backend.name
+        self._metrics.running.dec()
+        self._metrics.responses.labels(name, run.status).inc()
+        self._metrics.seconds.labels(name).observe(self._clock() - began)
+        if run.usage_missing:
+            self._metrics.usage_missing.labels(name).inc()
+
+    async def _wait_for(self, busy: ResponseRunning, deadline: float) -> None:
+        """Wait until the run in the way has ended; end it where nobody follows it and its thread is wanted."""
+        loop = asyncio.get_running_loop()
+        left = deadline - loop.time()
+        if left <= 0:
+            raise Busy("Another turn is running on this thread. Try again soon.", retry_after=2)
+        run = self._runs.get(busy.running)
+        if run is None:
+            await asyncio.sleep(min(_POLL, left))
+            return
+        if isinstance(busy, ThreadBusy) and not run.background and not run.feed.followed:
+            run.cancel(Cancelled("The next turn of the thread has taken its place."))
+        await asyncio.wait({run.ended}, timeout=min(_POLL, left))
+
+    def _on_deserted(self, run: Run) -> None:
+        if not run.background:
+            asyncio.get_running_loop().call_later(self._limits.disconnect_grace, self._cancel_if_deserted, run)
+
+    def _cancel_if_deserted(self, run: Run) -> None:
+        if not run.feed.followed:
+            run.cancel(Cancelled("The client left."))
+
+    async def close(self, grace: float) -> None:
+        """Begin nothing more; give running turns `grace` seconds, then close what is left."""
+        self._closing = True
+        running = [run.ended for run in self._runs.values()]
+        if running:
+            await asyncio.wait(running, timeout=grace)
+        for run in list(self._runs.values()):
+            run.cancel(ServerRestarted("The server was stopped while it was producing this response."))
+        left = [run.ended for run in self._runs.values()]
+        if left:
+            await asyncio.wait(left)
+        self._upkeep.cancel()
+        await asyncio.gather(self._upkeep, return_exceptions=True)
+
+    async def _keep_up(self) -> None:
+        """Renew our leases and close what others left behind, three times per lease."""
+        while True:
+            try:
+                await self._renew()
+                await self._recover()
+            except StoreUnavailable as error:
+                logger.warning("upkeep is put off: %s", error.message)
+            await asyncio.sleep(self._limits.lease / 3)
+
+    async def _renew(self) -> None:
+        if self._recorded:
+            async with self._database.transaction() as connection:
+                until = self._clock() + self._limits.lease
+                await renew_leases(connection, self._owner.name, list(self._recorded), until)
+
+    async def _recover(self) -> None:
+        async with self._database.reading() as connection:
+            expired = await find_expired(connection, self._clock())
+        for row in expired:
+            try:
+                await self._close_left_behind(row)
+            except IngressError as error:
+                logger.info("response %s is another worker's to close: %s", row.id, error.message)
+
+    async def _close_left_behind(self, row: StoredResponse) -> None:
+        """Law 7: fold what the journal holds, and end the response as failed with a code that says why."""
+        owner = Owner(self._owner.name, row.epoch + 1, self._limits.lease)
+        await self._database.submit(take_over(row.id, row.epoch, owner))
+        async with self._database.reading() as connection:
+            batches = await read_journal(connection, row.id)
+        builder = fold(envelope_of(row), batches)
+        error = ServerRestarted("The server was restarted while it was producing this response.")
+        builder.feed(Finish("failed", error=error.detail(), at=int(self._clock())))
+        ending = Ending(
+            status="failed",
+            envelope=row.envelope,
+            input=[new_item(item) for item in orjson.loads(row.input or b"[]")],
+            output=[new_item(item) for item in builder.output],
+            error=orjson.dumps(error.detail()),
+        )
+        placement = Placement(row.tenant, row.thread_id, None, "", row.own, row.first, "", exclusive=True)
+        await self._database.submit(end(row.id, owner, placement, ending, row.store))
+        logger.warning("response %s was left behind by another process and is closed as failed", row.id)
+
+
+def _is_pattern(name: str) -> bool:
+    return any(sign in name for sign in "*?[")
+
+
+def _turn(request: Request, caller: Caller, resolved: Resolved, response_id: str, model: str) -> Turn:
+    return Turn(
+        response_id=response_id,
+        thread_id=resolved.thread_id,
+        model=model,
+        instructions=request.instructions,
+        context=resolved.context,
+        new=resolved.new,
+        tools=request.tools,
+        tool_choice=request.body.get("tool_choice") or "auto",
+        parameters=request.body,
+        stream=request.stream,
+        memory=orjson.loads(resolved.memory) if resolved.memory else None,
+        bearer=caller.bearer,
+    )
+
+
+def _new_response(
+    request: Request, caller: Caller, resolved: Resolved, envelope: Envelope, backend: str
+) -> NewResponse:
+    rest, repeated = split_repeated(reduce(envelope))
+    preamble = None
+    if repeated and request.store:
+        payload = orjson.dumps(repeated)
+        preamble = (blake2b(payload, digest_size=16).digest(), payload)
+    return NewResponse(
+        id=envelope["id"],
+        previous_response_id=request.previous_response_id,
+        status=envelope["status"],
+        model=request.model,
+        backend=backend,
+        background=request.background,
+        store=request.store,
+        envelope=orjson.dumps(rest),
+        preamble=preamble,
+        input=b"[" + b",".join(item.payload for item in resolved.stored) + b"]",
+        created_at=envelope["created_at"],
+        lineage=orjson.dumps(caller.lineage) if caller.lineage else None,
+    )

@@ -1,0 +1,57 @@
+"""Engines: how a process talks to its database.
+
+What must stay true on SQLite: WAL; every writing transaction begins IMMEDIATE (the driver's deferred
+default silently loses read-modify-writes); readers have connections of their own and no transactions,
+since nothing they read is ever rewritten.
+"""
+
+from typing import Any
+
+from sqlalchemy import event
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+_BUSY_TIMEOUT_MS = 10_000
+_READERS = 4
+
+
+def is_sqlite(url: str) -> bool:
+    return url.startswith("sqlite")
+
+
+def write_engine(url: str, synchronous: str = "normal") -> AsyncEngine:
+    """The one connection of the writer."""
+    engine = create_async_engine(url, pool_size=1, max_overflow=1, **_options(url))
+    if is_sqlite(url):
+        _on_connect(engine, synchronous)
+        event.listen(engine.sync_engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+    return engine
+
+
+def read_engine(url: str, synchronous: str = "normal") -> AsyncEngine:
+    """Connections for reading, outside any transaction."""
+    options = {**_options(url), "isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None}
+    engine = create_async_engine(url, pool_size=_READERS, max_overflow=_READERS, **options)
+    if is_sqlite(url):
+        _on_connect(engine, synchronous)
+    return engine
+
+
+def _options(url: str) -> dict[str, Any]:
+    return {} if is_sqlite(url) else {"pool_pre_ping": True}
+
+
+def _on_connect(engine: AsyncEngine, synchronous: str) -> None:
+    def set_up(connection: DBAPIConnection, _record: object) -> None:
+        connection.isolation_level = None  # SQLAlchemy, not the driver, begins transactions
+        cursor = connection.cursor()
+        for pragma in (
+            f"busy_timeout={_BUSY_TIMEOUT_MS}",
+            "journal_mode=WAL",
+            f"synchronous={synchronous.upper()}",
+            "wal_autocheckpoint=10000",
+        ):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    event.listen(engine.sync_engine, "connect", set_up)

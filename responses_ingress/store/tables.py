@@ -1,0 +1,125 @@
+"""The schema, in SQLAlchemy Core.
+
+What must stay true: every row carries its tenant; payloads are orjson bytes; only what is queried has a
+column; nothing is stored twice (a turn's items once, on its branch; what repeats from turn to turn once,
+as a preamble). Positions are absolute: an item's position counts from the beginning of the thread's
+history, also on a branch that begins in the middle of another.
+"""
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Float,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    UniqueConstraint,
+    text,
+)
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+threads = Table(
+    "threads",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("tenant", Text, nullable=False),
+    Column("key", Text),  # what the client calls it: a session header's value; null for a chain of responses
+    Column("active_branch", Text, nullable=False),
+    Column("running", Text),  # the response that has the thread's one turn
+    Column("lease_until", Float, nullable=False),
+    Column("lineage", LargeBinary),
+    Column("memory", LargeBinary),
+    Column("created_at", BigInteger, nullable=False),
+    Column("updated_at", BigInteger, nullable=False),
+    UniqueConstraint("tenant", "key"),
+)
+
+branches = Table(
+    "branches",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("tenant", Text, nullable=False),
+    Column("thread_id", Text, nullable=False, index=True),
+    Column("parent_branch", Text, index=True),
+    Column("parent_position", Integer, nullable=False),
+    Column("head", Integer, nullable=False),  # the position the next item gets
+)
+
+items = Table(
+    "items",
+    metadata,
+    Column("branch_id", Text, primary_key=True),
+    Column("position", Integer, primary_key=True, autoincrement=False),
+    Column("tenant", Text, nullable=False),
+    Column("item_id", Text, nullable=False, index=True),
+    Column("type", Text, nullable=False),
+    Column("digest", LargeBinary, nullable=False),
+    Column("payload", LargeBinary, nullable=False),
+)
+
+responses = Table(
+    "responses",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("tenant", Text, nullable=False),
+    Column("thread_id", Text, nullable=False, index=True),
+    Column("branch_id", Text),  # set when its items are on a branch
+    Column("first", Integer, nullable=False),  # position of its first input item,
+    Column("own", Integer, nullable=False),  # of the first item it added,
+    Column("output_at", Integer),  # of its first output item,
+    Column("stop", Integer),  # and behind its last
+    Column("previous_response_id", Text),
+    Column("status", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("backend", Text, nullable=False),
+    Column("background", Boolean, nullable=False),
+    Column("store", Boolean, nullable=False),
+    Column("envelope", LargeBinary, nullable=False),
+    Column("preamble", LargeBinary),
+    Column("input", LargeBinary),  # its new input and, at the end, its output, where they are on no branch
+    Column("output", LargeBinary),
+    Column("error", LargeBinary),
+    Column("usage", LargeBinary),
+    Column("incomplete", Text),
+    Column("owner", Text),
+    Column("lease_until", Float),
+    Column("epoch", Integer, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("completed_at", BigInteger),
+)
+Index(
+    "ix_responses_running",
+    responses.c.lease_until,
+    sqlite_where=text("status IN ('queued', 'in_progress')"),
+    postgresql_where=text("status IN ('queued', 'in_progress')"),
+)
+
+preambles = Table(
+    "preambles",
+    metadata,
+    Column("tenant", Text, primary_key=True),
+    Column("digest", LargeBinary, primary_key=True),
+    Column("payload", LargeBinary, nullable=False),
+)
+
+# An ordinary rowid table: WITHOUT ROWID doubles the size of rows of 2 kB (overflow pages).
+journal = Table(
+    "journal",
+    metadata,
+    Column("response_id", Text, primary_key=True),
+    Column("first", Integer, primary_key=True, autoincrement=False),  # number of the first event it makes
+    Column("tenant", Text, nullable=False),
+    Column("count", Integer, nullable=False),
+    Column("payload", LargeBinary, nullable=False),
+)

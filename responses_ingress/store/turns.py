@@ -1,0 +1,334 @@
+"""The life of a response in the database, as units of work: begin, journal, end, take over.
+
+What must stay true (laws 2 to 4 of the pump): `begin` decides alone who has the thread; every later
+write carries the lease's epoch and is refused when another worker has taken over; the ending writes the
+status, the items, the branch's head and the release of the thread in one transaction, once. Only a turn
+that completed or is incomplete moves the branch; any other keeps its input and output on its own row.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import bindparam, delete, insert, text, update
+
+from responses_ingress.errors import PlacementOutdated, StaleWriter, ThreadBusy
+from responses_ingress.store.tables import items, journal, responses, threads
+from responses_ingress.store.writer import Batch, Branch, Thread, Unit
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a turn belongs.
+
+    branch_id, position: what it continues: the branch (maybe another thread's) up to a position.
+    first:       the position of its first input item; below `position` where the client sent history.
+    new_branch:  the id for a branch, should it need one of its own.
+    exclusive:   it needs the thread's one running turn. `seen` is then the thread's active branch and
+                 its head as they were read, or None where there was no such thread.
+    """
+
+    tenant: str
+    thread_id: str
+    thread_key: str | None
+    branch_id: str
+    position: int
+    first: int
+    new_branch: str
+    new_thread: bool = False
+    exclusive: bool = False
+    seen: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NewItem:
+    """An item on its way to a branch."""
+
+    item_id: str
+    type: str
+    digest: bytes
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Who runs a response, and under which lease."""
+
+    name: str
+    epoch: int
+    lease: float
+
+
+@dataclass(frozen=True, slots=True)
+class NewResponse:
+    """The row of a response that begins."""
+
+    id: str
+    previous_response_id: str | None
+    status: str
+    model: str
+    backend: str
+    background: bool
+    store: bool
+    envelope: bytes
+    preamble: tuple[bytes, bytes] | None
+    input: bytes
+    created_at: int
+    lineage: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a response ended. `input` and `output` are its items, for the branch and for its own row."""
+
+    status: str
+    envelope: bytes
+    input: Sequence[NewItem]
+    output: Sequence[NewItem]
+    error: bytes | None = None
+    usage: bytes | None = None
+    incomplete: str | None = None
+    completed_at: int | None = None
+    memory: bytes | None = None
+
+    @property
+    def moves_branch(self) -> bool:
+        return self.status in ("completed", "incomplete")
+
+
+_INSERT_THREAD = insert(threads)
+_INSERT_RESPONSE = insert(responses)
+_INSERT_ITEM = insert(items)
+_INSERT_JOURNAL = insert(journal)
+_INSERT_PREAMBLE = text(
+    "INSERT INTO preambles (tenant, digest, payload) VALUES (:tenant, :digest, :payload) ON CONFLICT DO NOTHING"
+)
+_DELETE_JOURNAL = delete(journal).where(journal.c.response_id == bindparam("response"))
+_DELETE_RESPONSE = delete(responses).where(responses.c.id == bindparam("response"))
+_TAKE_OVER = (
+    update(responses)
+    .where(responses.c.id == bindparam("response"))
+    .values(owner=bindparam("new_owner"), epoch=bindparam("new_epoch"), lease_until=bindparam("new_lease"))
+)
+_ENDING = ("branch_id", "output_at", "stop", "status", "envelope", "input", "output", "error", "usage", "incomplete")
+_END_RESPONSE = (
+    update(responses)
+    .where(responses.c.id == bindparam("response"))
+    .values(
+        owner=None,
+        lease_until=None,
+        completed_at=bindparam("end_completed_at"),
+        **{column: bindparam(f"end_{column}") for column in _ENDING},
+    )
+)
+_REMEMBER = update(threads).where(threads.c.id == bindparam("thread")).values(memory=bindparam("new_memory"))
+
+
+def begin(new: NewResponse, placement: Placement, owner: Owner) -> Unit[None]:
+    """Write the response's row and, where the turn is exclusive, take the thread.
+
+    Raises `ThreadBusy` while another turn has it, `PlacementOutdated` when it has moved since it was read.
+    """
+
+    def apply(batch: Batch) -> None:
+        thread = batch.threads.get(placement.thread_id)
+        if thread is None and placement.new_thread:
+            _add_thread(batch, new, placement, owner)
+        elif placement.exclusive:
+            _take_thread(batch, thread, new.id, placement, owner)
+        if new.preamble is not None:
+            digest, payload = new.preamble
+            batch.add(_INSERT_PREAMBLE, tenant=placement.tenant, digest=digest, payload=payload)
+        _add_response(batch, new, placement, owner)
+
+    if not placement.exclusive:
+        return Unit(apply)
+    return Unit(apply, threads=(placement.thread_id,), branches=placement.seen[:1] if placement.seen else ())
+
+
+def _add_thread(batch: Batch, new: NewResponse, placement: Placement, owner: Owner) -> None:
+    thread = Thread(placement.thread_id, placement.tenant, placement.new_branch, None, 0.0)
+    if placement.exclusive:
+        thread.running, thread.lease_until = new.id, batch.now + owner.lease
+    batch.add(
+        _INSERT_THREAD,
+        id=thread.id,
+        tenant=thread.tenant,
+        key=placement.thread_key,
+        active_branch=thread.active_branch,
+        running=thread.running,
+        lease_until=thread.lease_until,
+        lineage=new.lineage,
+        memory=None,
+        created_at=new.created_at,
+        updated_at=new.created_at,
+    )
+    batch.threads[thread.id] = thread
+    if placement.branch_id == placement.new_branch:
+        batch.add_branch(Branch(placement.new_branch, thread.id, 0), placement.tenant)
+    else:
+        batch.add_branch(
+            Branch(placement.new_branch, thread.id, placement.position), placement.tenant, placement.branch_id
+        )
+
+
+def _take_thread(batch: Batch, thread: Thread | None, response_id: str, placement: Placement, owner: Owner) -> None:
+    if thread is None:
+        raise PlacementOutdated
+    if thread.running is not None and thread.lease_until > batch.now:
+        raise ThreadBusy(thread.running)
+    branch = batch.branches.get(thread.active_branch)
+    if branch is None or placement.seen != (branch.id, branch.head):
+        raise PlacementOutdated
+    thread.running, thread.lease_until = response_id, batch.now + owner.lease
+    batch.set_thread(thread)
+
+
+def _add_response(batch: Batch, new: NewResponse, placement: Placement, owner: Owner) -> None:
+    batch.add(
+        _INSERT_RESPONSE,
+        id=new.id,
+        tenant=placement.tenant,
+        thread_id=placement.thread_id,
+        first=placement.first,
+        own=placement.position,
+        previous_response_id=new.previous_response_id,
+        status=new.status,
+        model=new.model,
+        backend=new.backend,
+        background=new.background,
+        store=new.store,
+        envelope=new.envelope,
+        preamble=new.preamble[0] if new.preamble else None,
+        input=new.input,
+        owner=owner.name,
+        lease_until=batch.now + owner.lease,
+        epoch=owner.epoch,
+        created_at=new.created_at,
+    )
+
+
+def append_journal(response_id: str, owner: Owner, tenant: str, entry: tuple[int, int, bytes]) -> Unit[None]:
+    """Write a batch of a run's deltas. `entry`: the number of the first event they make, how many
+    events they make, the deltas."""
+    first, count, payload = entry
+
+    def apply(batch: Batch) -> None:
+        _check_lease(batch, response_id, owner)
+        batch.add(_INSERT_JOURNAL, response_id=response_id, first=first, tenant=tenant, count=count, payload=payload)
+
+    return Unit(apply, responses=(response_id,), patient=True)
+
+
+def end(response_id: str, owner: Owner, placement: Placement, ending: Ending, store: bool = True) -> Unit[None]:
+    """Write everything the end of a response changes, and drop its journal."""
+
+    def apply(batch: Batch) -> None:
+        _check_lease(batch, response_id, owner)
+        batch.leases[response_id].status = ending.status
+        branch_id = None
+        if ending.moves_branch:
+            branch_id = _append_items(batch, placement, ending)
+        if placement.exclusive:
+            _release_thread(batch, response_id, placement, branch_id)
+        if ending.memory is not None:
+            batch.add(_REMEMBER, thread=placement.thread_id, new_memory=ending.memory)
+        batch.add(_DELETE_JOURNAL, response=response_id)
+        if store:
+            batch.add(_END_RESPONSE, **_end_row(response_id, placement, ending, branch_id))
+        else:
+            batch.add(_DELETE_RESPONSE, response=response_id)
+
+    return Unit(
+        apply,
+        responses=(response_id,),
+        threads=(placement.thread_id,) if placement.exclusive else (),
+        branches=(placement.branch_id, placement.new_branch) if ending.moves_branch else (),
+        patient=True,
+    )
+
+
+def take_over(response_id: str, epoch: int, owner: Owner) -> Unit[None]:
+    """Make a response whose lease has run out this worker's. Raises `StaleWriter` when another was first."""
+
+    def apply(batch: Batch) -> None:
+        lease = batch.leases.get(response_id)
+        if lease is None or lease.epoch != epoch:
+            raise StaleWriter("Another worker has taken over this response.")
+        lease.epoch = owner.epoch
+        batch.add(
+            _TAKE_OVER,
+            response=response_id,
+            new_owner=owner.name,
+            new_epoch=owner.epoch,
+            new_lease=batch.now + owner.lease,
+        )
+
+    return Unit(apply, responses=(response_id,))
+
+
+def _check_lease(batch: Batch, response_id: str, owner: Owner) -> None:
+    lease = batch.leases.get(response_id)
+    if lease is None or lease.epoch != owner.epoch or lease.status not in ("queued", "in_progress"):
+        raise StaleWriter("Another worker has taken over this response.")
+
+
+def _append_items(batch: Batch, placement: Placement, ending: Ending) -> str:
+    """Put the turn's items on its branch, or on a new one where that branch has gone on without it."""
+    new = [*ending.input, *ending.output]
+    stop = placement.position + len(new)
+    own = batch.branches.get(placement.new_branch)
+    branch = own or batch.branches.get(placement.branch_id)
+    if branch is None:
+        raise StaleWriter("The branch of this response has been deleted.")
+    if branch.thread_id == placement.thread_id and branch.head == placement.position:
+        batch.move_head(branch, stop)
+    else:
+        parent, branch = branch, Branch(placement.new_branch, placement.thread_id, placement.position)
+        batch.add_branch(branch, placement.tenant, parent.id)
+        batch.move_head(branch, stop)
+    for offset, item in enumerate(new):
+        batch.add(
+            _INSERT_ITEM,
+            branch_id=branch.id,
+            position=placement.position + offset,
+            tenant=placement.tenant,
+            item_id=item.item_id,
+            type=item.type,
+            digest=item.digest,
+            payload=item.payload,
+        )
+    return branch.id
+
+
+def _release_thread(batch: Batch, response_id: str, placement: Placement, branch_id: str | None) -> None:
+    thread = batch.threads.get(placement.thread_id)
+    if thread is None or thread.running != response_id:
+        return
+    thread.running, thread.lease_until = None, 0.0
+    thread.active_branch = branch_id or thread.active_branch
+    batch.set_thread(thread)
+
+
+def _end_row(response_id: str, placement: Placement, ending: Ending, branch_id: str | None) -> dict[str, Any]:
+    output_at = placement.position + len(ending.input)
+    on_branch = branch_id is not None
+    row = {
+        "branch_id": branch_id,
+        "output_at": output_at if on_branch else None,
+        "stop": output_at + len(ending.output) if on_branch else None,
+        "status": ending.status,
+        "envelope": ending.envelope,
+        "input": None if on_branch else join(item.payload for item in ending.input),
+        "output": None if on_branch else join(item.payload for item in ending.output),
+        "error": ending.error,
+        "usage": ending.usage,
+        "incomplete": ending.incomplete,
+        "completed_at": ending.completed_at,
+    }
+    return {"response": response_id, **{f"end_{column}": value for column, value in row.items()}}
+
+
+def join(payloads: Iterable[bytes]) -> bytes:
+    """A JSON array of payloads that are JSON already."""
+    return b"[" + b",".join(payloads) + b"]"

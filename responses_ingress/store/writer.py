@@ -1,0 +1,268 @@
+"""The group-commit writer: every unit of work that is pending when it is free goes into one transaction.
+
+A unit decides before it writes. The batch first reads the few rows its units rely on (leases, epochs,
+branch heads), each with one query for all; then each unit in turn looks at those facts, raises or
+changes them and adds rows; then every kind of row is written with one `executemany`. So a refused unit
+costs the others nothing, and a transaction has the same few statements for one unit and for fifty.
+
+What must stay true: units are applied in the order they were submitted; a unit that raises has added
+nothing; a unit's caller resumes only when its writes are committed; when the database refuses a batch,
+its units run again one by one, so that one bad unit fails alone.
+"""
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from sqlalchemy import Executable, Row, Table, bindparam, insert, select, update
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from responses_ingress.errors import IngressError, StoreUnavailable
+from responses_ingress.ids import Clock
+from responses_ingress.store.tables import branches, responses, threads
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+_MOST_UNITS = 200
+_RETRY_DELAY = 0.5
+_MOST_TRIES = 120  # a minute of a database that is down
+
+
+@dataclass(slots=True)
+class Lease:
+    """Whose a response is: the facts a run's every write depends on."""
+
+    epoch: int
+    status: str
+
+
+@dataclass(slots=True)
+class Thread:
+    """A thread's row, as far as units change it."""
+
+    id: str
+    tenant: str
+    active_branch: str
+    running: str | None
+    lease_until: float
+
+
+@dataclass(slots=True)
+class Branch:
+    id: str
+    thread_id: str
+    head: int
+
+
+class Batch:
+    """The facts one transaction has read, and the rows it will write."""
+
+    def __init__(self, now: float) -> None:
+        self.now = now
+        self.leases: dict[str, Lease] = {}
+        self.threads: dict[str, Thread] = {}
+        self.branches: dict[str, Branch] = {}
+        self.rows: defaultdict[Executable, list[dict[str, Any]]] = defaultdict(list)
+
+    def add(self, statement: Executable, **row: Any) -> None:
+        """Write `row` with `statement`, a module constant. Rows of one statement go out together, in the
+        order they were added: inserts first, then updates, then deletes."""
+        self.rows[statement].append(row)
+
+    def add_branch(self, branch: Branch, tenant: str, parent: str | None = None) -> None:
+        self.add(
+            _INSERT_BRANCH,
+            id=branch.id,
+            tenant=tenant,
+            thread_id=branch.thread_id,
+            parent_branch=parent,
+            parent_position=branch.head,
+            head=branch.head,
+        )
+        self.branches[branch.id] = branch
+
+    def move_head(self, branch: Branch, head: int) -> None:
+        branch.head = head
+        self.add(_MOVE_HEAD, branch=branch.id, new_head=head)
+
+    def set_thread(self, thread: Thread) -> None:
+        """Write the thread's lease and active branch as they are now."""
+        self.add(
+            _SET_THREAD,
+            thread=thread.id,
+            set_branch=thread.active_branch,
+            set_running=thread.running,
+            set_lease=thread.lease_until,
+            set_updated=int(self.now),
+        )
+
+
+_INSERT_BRANCH = insert(branches)
+_MOVE_HEAD = update(branches).where(branches.c.id == bindparam("branch")).values(head=bindparam("new_head"))
+_SET_THREAD = (
+    update(threads)
+    .where(threads.c.id == bindparam("thread"))
+    .values(
+        active_branch=bindparam("set_branch"),
+        running=bindparam("set_running"),
+        lease_until=bindparam("set_lease"),
+        updated_at=bindparam("set_updated"),
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Unit(Generic[T]):
+    """A unit of work: what it must know of, and what it does. `apply` decides first and adds rows last.
+
+    patient: while the database cannot be reached it waits (work under way), instead of failing (a request).
+    """
+
+    apply: Callable[[Batch], T]
+    responses: Sequence[str] = ()
+    threads: Sequence[str] = ()
+    branches: Sequence[str] = ()
+    patient: bool = False
+
+
+@dataclass(slots=True)
+class _Pending(Generic[T]):
+    unit: Unit[T]
+    tries: int = 0
+    done: asyncio.Future[T] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    def fail(self, error: Exception) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
+
+    def succeed(self, result: T) -> None:
+        if not self.done.done():
+            self.done.set_result(result)
+
+
+def _query(table: Table, *columns: str) -> Executable:
+    """`columns` of the rows whose id is in `:ids`, locked against other workers."""
+    chosen = [table.c[name] for name in columns]
+    wanted = table.c.id.in_(bindparam("ids", expanding=True))
+    return select(*chosen).where(wanted).order_by(table.c.id).with_for_update()
+
+
+_LEASES = _query(responses, "id", "epoch", "status")
+_THREADS = _query(threads, "id", "tenant", "active_branch", "running", "lease_until")
+_BRANCHES = _query(branches, "id", "thread_id", "head")
+
+
+class Writer:
+    """The writer of one process. `submit` from the loop it runs in; `close` when all is submitted."""
+
+    def __init__(self, engine: AsyncEngine, clock: Clock) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._pending: list[_Pending[Any]] = []
+        self._wake = asyncio.Event()
+        self._closing = False
+        self._task = asyncio.create_task(self._run(), name="store-writer")
+
+    def submit(self, unit: Unit[T]) -> asyncio.Future[T]:
+        """Commit `unit` with whatever else is pending. The future raises what the unit raised, or
+        `StoreUnavailable`; cancelling it does not take the unit back."""
+        pending = _Pending(unit)
+        if self._closing:
+            pending.fail(StoreUnavailable("The server is shutting down.", retry_after=1))
+        else:
+            self._pending.append(pending)
+            self._wake.set()
+        return pending.done
+
+    async def close(self) -> None:
+        """Commit what is pending, then stop."""
+        self._closing = True
+        self._wake.set()
+        await self._task
+
+    async def _run(self) -> None:
+        while not (self._closing and not self._pending):
+            await self._wake.wait()
+            self._wake.clear()
+            while self._pending:
+                batch, self._pending = self._pending[:_MOST_UNITS], self._pending[_MOST_UNITS:]
+                await self._commit(batch)
+
+    async def _commit(self, pending: Sequence[_Pending[Any]]) -> None:
+        try:
+            results = await self._transact(pending)
+        except IntegrityError as error:
+            await self._commit_singly(pending, error)
+        except DBAPIError as error:
+            await self._put_off(pending, error)
+        else:
+            for one, result in zip(pending, results, strict=True):
+                one.fail(result) if isinstance(result, Exception) else one.succeed(result)
+
+    async def _commit_singly(self, pending: Sequence[_Pending[Any]], error: IntegrityError) -> None:
+        """Another worker was first with a row that one of these inserts. Applied again, with the facts
+        as they are now, its unit finds that row; a unit alone is given one more try for that."""
+        if len(pending) > 1:
+            for one in pending:
+                await self._commit([one])
+        elif pending[0].tries:
+            logger.error("a unit of work cannot be written: %s", type(error.orig).__name__)
+            pending[0].fail(StoreUnavailable("The database refused to store this.", retry_after=2))
+        else:
+            pending[0].tries += 1
+            await self._commit(pending)
+
+    async def _put_off(self, pending: Sequence[_Pending[Any]], error: DBAPIError) -> None:
+        """The database cannot be reached: requests fail, work under way waits for it, up to a limit."""
+        logger.error("the database failed a batch of %d: %s", len(pending), type(error.orig).__name__)
+        waiting = []
+        for one in pending:
+            one.tries += 1
+            if one.unit.patient and one.tries <= _MOST_TRIES:
+                waiting.append(one)
+            else:
+                one.fail(StoreUnavailable("The database cannot be written to now.", retry_after=2))
+        self._pending[:0] = waiting
+        await asyncio.sleep(_RETRY_DELAY)
+
+    async def _transact(self, pending: Sequence[_Pending[Any]]) -> list[Any]:
+        """One transaction; each unit's result, or the error it refused with."""
+        async with self._engine.begin() as connection:
+            batch = await self._read_facts(connection, [one.unit for one in pending])
+            results = [_apply(one.unit, batch) for one in pending]
+            for statement in sorted(batch.rows, key=_rank):
+                await connection.execute(statement, batch.rows[statement])
+        return results
+
+    async def _read_facts(self, connection: AsyncConnection, units: Sequence[Unit[Any]]) -> Batch:
+        batch = Batch(self._clock())
+        for row in await _fetch(connection, _LEASES, (id for unit in units for id in unit.responses)):
+            batch.leases[row.id] = Lease(row.epoch, row.status)
+        for row in await _fetch(connection, _THREADS, (id for unit in units for id in unit.threads)):
+            batch.threads[row.id] = Thread(row.id, row.tenant, row.active_branch, row.running, row.lease_until)
+        for row in await _fetch(connection, _BRANCHES, (id for unit in units for id in unit.branches)):
+            batch.branches[row.id] = Branch(row.id, row.thread_id, row.head)
+        return batch
+
+
+def _rank(statement: Executable) -> int:
+    return 2 if statement.is_delete else 1 if statement.is_update else 0
+
+
+def _apply(unit: Unit[Any], batch: Batch) -> Any:
+    try:
+        return unit.apply(batch)
+    except IngressError as error:
+        return error
+
+
+async def _fetch(connection: AsyncConnection, query: Executable, ids: Iterable[str]) -> Sequence[Row[Any]]:
+    wanted = list(dict.fromkeys(ids))
+    if not wanted:
+        return ()
+    return (await connection.execute(query, {"ids": wanted})).all()

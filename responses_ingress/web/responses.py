@@ -1,0 +1,149 @@
+"""The routes of /v1/responses: each reads its request, asks the runner or the store, and replies.
+
+What must stay true: nothing is decided here; another tenant's response is answered exactly as one that
+does not exist.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from responses_ingress.core.deltas import Item
+from responses_ingress.core.envelope import Envelope
+from responses_ingress.core.items import listed
+from responses_ingress.core.replay import fold
+from responses_ingress.core.request import parse_request
+from responses_ingress.errors import InvalidValue, NotFound
+from responses_ingress.runs.runner import Runner
+from responses_ingress.store.database import Database
+from responses_ingress.store.responses import (
+    StoredResponse,
+    envelope_of,
+    find_response,
+    read_input,
+    read_journal,
+    read_output,
+)
+from responses_ingress.web.callers import Keyring, read_caller
+from responses_ingress.web.exchange import Exchange, read_json
+from responses_ingress.web.replies import StreamOptions, reply_json, reply_stream
+
+logger = logging.getLogger(__name__)
+
+THREAD_HEADER = b"x-responses-ingress-thread"
+_DEFAULT_PAGE, _MOST_PAGE = 20, 100
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """max_body: bytes of a body, packed and unpacked. strict: refuse unknown fields."""
+
+    max_body: int = 64 * 1024 * 1024
+    max_items: int = 10_000
+    strict: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Responses:
+    """The handlers and what they need."""
+
+    runner: Runner
+    database: Database
+    keyring: Keyring
+    limits: RequestLimits
+    stream: StreamOptions
+
+    async def create(self, exchange: Exchange) -> None:
+        tenant, bearer = self.keyring.tenant(exchange.headers)
+        body = await read_json(exchange, self.limits.max_body)
+        request = parse_request(body, max_items=self.limits.max_items, strict=self.limits.strict)
+        caller = read_caller(exchange.headers, tenant, bearer)
+        run = await self.runner.create(request, caller)
+        if request.unknown:
+            logger.info("%s: ignored fields %s", run.id, ", ".join(name[:40] for name in request.unknown[:10]))
+        exchange.extra_headers.append((THREAD_HEADER, run.thread_id.encode()))
+        if request.stream:
+            await reply_stream(exchange, run, self.stream)
+        else:
+            await reply_json(exchange, run)
+
+    async def retrieve(self, exchange: Exchange) -> None:
+        row = await self._find(exchange)
+        await exchange.reply(await self._read(row))
+
+    async def delete(self, exchange: Exchange) -> None:
+        tenant, _ = self.keyring.tenant(exchange.headers)
+        response_id = exchange.path_params["response_id"]
+        if not await self.runner.delete(tenant, response_id):
+            raise _not_found(response_id)
+        await exchange.reply({"id": response_id, "object": "response", "deleted": True})
+
+    async def input_items(self, exchange: Exchange) -> None:
+        row = await self._find(exchange)
+        async with self.database.reading() as connection:
+            items = await read_input(connection, row)
+        await exchange.reply(_page([listed(item) for item in items], _page_query(exchange.query())))
+
+    async def _find(self, exchange: Exchange) -> StoredResponse:
+        tenant, _ = self.keyring.tenant(exchange.headers)
+        response_id = exchange.path_params["response_id"]
+        async with self.database.reading() as connection:
+            row = await find_response(connection, tenant, response_id)
+        if row is None:
+            raise _not_found(response_id)
+        return row
+
+    async def _read(self, row: StoredResponse) -> Envelope:
+        """The response as it is now: as this process sees it, as the journal tells it, or as it ended."""
+        run = self.runner.get(row.id)
+        if run is not None:
+            return run.response()
+        envelope = envelope_of(row)
+        async with self.database.reading() as connection:
+            if row.running:
+                return fold(envelope, await read_journal(connection, row.id)).response()
+            output = [] if row.status == "cancelled" else await read_output(connection, row)
+        return envelope | {"output": output}
+
+
+def _not_found(response_id: str) -> NotFound:
+    return NotFound(f"Response with id '{response_id[:100]}' not found.")
+
+
+@dataclass(frozen=True, slots=True)
+class _PageQuery:
+    after: str | None
+    limit: int
+    newest_first: bool
+
+
+def _page_query(query: Mapping[str, list[str]]) -> _PageQuery:
+    limit = query.get("limit", [str(_DEFAULT_PAGE)])[-1]
+    if not limit.isdecimal() or not 1 <= int(limit[:9]) <= _MOST_PAGE:
+        raise InvalidValue(f"Invalid 'limit': expected an integer from 1 to {_MOST_PAGE}.", param="limit")
+    order = query.get("order", ["desc"])[-1]
+    if order not in ("asc", "desc"):
+        raise InvalidValue("Invalid value for 'order': expected one of asc, desc.", param="order")
+    return _PageQuery(query.get("after", [None])[-1], int(limit), order == "desc")
+
+
+def _page(items: Sequence[Item], query: _PageQuery) -> dict[str, object]:
+    """One page of `items`, which are oldest first."""
+    if query.newest_first:
+        items = items[::-1]
+    start = 0 if query.after is None else 1 + _index(items, query.after)
+    page = items[start : start + query.limit]
+    return {
+        "object": "list",
+        "data": page,
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
+        "has_more": start + query.limit < len(items),
+    }
+
+
+def _index(items: Sequence[Item], id: str) -> int:
+    for at, item in enumerate(items):
+        if item["id"] == id:
+            return at
+    raise NotFound(f"Item with id '{id[:100]}' not found.", param="after")

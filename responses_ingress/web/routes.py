@@ -1,0 +1,117 @@
+"""The web application: which path leads to which handler.
+
+What must stay true: every answer, also for a path or method that does not exist, is ours; a WebSocket
+upgrade is answered with 426, on which codex falls back to HTTP at once and in silence.
+"""
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from responses_ingress.errors import IngressError, NotAllowed, NotFound, UpgradeRequired
+from responses_ingress.ids import Ids
+from responses_ingress.runs.metrics import Metrics
+from responses_ingress.web.exchange import Exchange, Handler, answer, decode_headers
+from responses_ingress.web.models import Models
+from responses_ingress.web.responses import Responses
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Liveness, readiness and metrics: for probes and scrapers, so without a key."""
+
+    responses: Responses
+    metrics: Metrics
+
+    async def alive(self, exchange: Exchange) -> None:
+        await exchange.reply({"status": "ok"})
+
+    async def ready(self, exchange: Exchange) -> None:
+        """Ready when the database answers."""
+        async with self.responses.database.reading() as connection:
+            await connection.exec_driver_sql("SELECT 1")
+        await exchange.reply({"status": "ready"})
+
+    async def scrape(self, exchange: Exchange) -> None:
+        await exchange.reply_bytes(self.metrics.expose(), b"text/plain; version=0.0.4; charset=utf-8")
+
+
+@dataclass(frozen=True, slots=True)
+class Web:
+    """All handlers of an open application."""
+
+    responses: Responses
+    models: Models
+    health: Health
+
+
+_ROUTES: tuple[tuple[str, str, Callable[[Web], Handler]], ...] = (
+    ("POST", "/v1/responses", lambda web: web.responses.create),
+    ("GET", "/v1/responses/{response_id}", lambda web: web.responses.retrieve),
+    ("DELETE", "/v1/responses/{response_id}", lambda web: web.responses.delete),
+    ("GET", "/v1/responses/{response_id}/input_items", lambda web: web.responses.input_items),
+    ("GET", "/v1/models", lambda web: web.models.list),
+    ("GET", "/v1/models/{model:path}", lambda web: web.models.retrieve),
+    ("GET", "/healthz", lambda web: web.health.alive),
+    ("GET", "/readyz", lambda web: web.health.ready),
+    ("GET", "/metrics", lambda web: web.health.scrape),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A handler as the ASGI app that Starlette routes to. The open `Web` comes with the lifespan's state."""
+
+    find: Callable[[Web], Handler]
+    ids: Ids
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(scope, receive, send, self.ids.request(), decode_headers(scope["headers"]))
+        await answer(exchange, self.find(scope["state"]["web"]))
+
+
+def build(open_web: Callable[[], AbstractAsyncContextManager[Web]], ids: Ids) -> ASGIApp:
+    """The application. `open_web` is entered when the server starts and left when it stops."""
+
+    @asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncIterator[Mapping[str, Any]]:
+        async with open_web() as web:
+            yield {"web": web}
+
+    routes = [Route(path, Endpoint(find, ids), methods=[method]) for method, path, find in _ROUTES]
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_route})
+    app.router.redirect_slashes = False
+    return _refusing_upgrades(app)
+
+
+def _no_route(request: Request, error: Exception) -> Response:
+    """Starlette's 404 and 405, in our words."""
+    refusal: IngressError = NotFound(f"There is nothing at {request.url.path[:200]}.")
+    headers = None
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        refusal, headers = NotAllowed(f"{request.method} is not allowed here."), error.headers
+    return JSONResponse(refusal.body(), refusal.status, headers)
+
+
+def _refusing_upgrades(app: ASGIApp) -> ASGIApp:
+    """`app`, with every WebSocket handshake answered by 426."""
+
+    async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "websocket":
+            await app(scope, receive, send)
+            return
+        refusal = UpgradeRequired("This server speaks Responses over HTTP only.")
+        headers = [(b"content-type", b"application/json"), (b"upgrade", b"HTTP/1.1")]
+        await send({"type": "websocket.http.response.start", "status": 426, "headers": headers})
+        await send({"type": "websocket.http.response.body", "body": orjson.dumps(refusal.body())})
+
+    return refuse
