@@ -1,6 +1,6 @@
 """The composition root: settings in, an ASGI application out. The only place where all rooms meet."""
 
-import os
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from time import time
@@ -37,6 +37,7 @@ def create_app(settings: Settings) -> ASGIApp:
         backends = make_backends(settings)
         metrics = Metrics()
         runner = Runner(database, make_routes(settings, backends), make_limits(settings), metrics, ids)
+        _settle_heap()
         try:
             yield make_web(settings, runner, database, metrics)
         finally:
@@ -48,9 +49,16 @@ def create_app(settings: Settings) -> ASGIApp:
     return build(open_web, ids)
 
 
+def _settle_heap() -> None:
+    """Take what is loaded by now, and lives as long as the process, out of every later garbage collection:
+    walking it cost a quarter of a small turn."""
+    gc.collect()
+    gc.freeze()
+
+
 def create_app_from_environment() -> ASGIApp:
     """The application of one of several workers: `serve` has put the settings into the environment."""
-    return create_app(configuration.load(None, {}, os.environ))
+    return create_app(configuration.load(None, {}))
 
 
 def make_backends(settings: Settings) -> dict[str, Backend]:

@@ -105,6 +105,7 @@ def _server_options(settings: Settings) -> dict[str, Any]:
         "log_level": settings.log_level,
         "access_log": False,
         "server_header": False,
+        "proxy_headers": False,
         "timeout_keep_alive": _KEEP_ALIVE,
         "timeout_graceful_shutdown": math.ceil(settings.shutdown_grace),
     }

@@ -44,12 +44,14 @@ class Ids:
         self.clock = clock
         self._random = random
         self._block = ""
+        self._used = 0
 
     def _hex(self, length: int) -> str:
-        if len(self._block) < length:
+        start, self._used = self._used, self._used + length
+        if self._used > len(self._block):
             self._block = self._random(4096).hex()
-        taken, self._block = self._block[:length], self._block[length:]
-        return taken
+            start, self._used = 0, length
+        return self._block[start : self._used]
 
     def partition(self) -> str:
         """A fresh thread partition: 16 hex."""

@@ -5,7 +5,10 @@ environment are its own. It must not know what the server stores; see `tests.his
 """
 
 import asyncio
+import contextlib
 import os
+import signal
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from tests.cache import fetch, installed, tool
 VERSIONS = ("0.169.0", "0.140.0")
 _FLAGS = ("--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", "--json")
 _TIMEOUT = 45.0
+_UUID = 36
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +111,21 @@ class Codex:
         """A new thread that begins with the history of another (from 0.169)."""
         return await self._run("exec", "fork", *_FLAGS, thread_id, prompt)
 
+    @contextlib.asynccontextmanager
+    async def interrupted(self, prompt: str) -> AsyncIterator[None]:
+        """A new thread that is killed when the block ends, wherever it is then."""
+        process = await self._start("exec", *_FLAGS, prompt)
+        try:
+            yield
+        finally:
+            _kill(process)
+            await process.communicate()
+
+    @property
+    def thread_ids(self) -> list[str]:
+        """The threads codex has begun, oldest first."""
+        return [path.stem[-_UUID:] for path in sorted(self.home.glob("sessions/**/rollout-*.jsonl"))]
+
     def rollout(self, thread_id: str) -> list[dict[str, Any]]:
         """The response items of a thread as codex itself keeps them, in order, compaction not applied."""
         (path,) = self.home.glob(f"sessions/**/rollout-*{thread_id}.jsonl")
@@ -114,7 +133,20 @@ class Codex:
         return [line["payload"] for line in lines if line["type"] == "response_item"]
 
     async def _run(self, *arguments: str) -> Outcome:
-        process = await asyncio.create_subprocess_exec(
+        process = await self._start(*arguments)
+        try:
+            async with asyncio.timeout(_TIMEOUT):
+                stdout, stderr = await process.communicate()
+        finally:
+            if process.returncode is None:
+                _kill(process)
+                await process.wait()
+        assert process.returncode is not None
+        events = [orjson.loads(line) for line in stdout.splitlines() if line.startswith(b"{")]
+        return Outcome(process.returncode, events, stderr.decode())
+
+    async def _start(self, *arguments: str) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
             self.binary,
             *arguments,
             cwd=self.work,
@@ -122,21 +154,17 @@ class Codex:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
         )
-        try:
-            async with asyncio.timeout(_TIMEOUT):
-                stdout, stderr = await process.communicate()
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-        assert process.returncode is not None
-        events = [orjson.loads(line) for line in stdout.splitlines() if line.startswith(b"{")]
-        return Outcome(process.returncode, events, stderr.decode())
 
     def _environment(self) -> dict[str, str]:
         own = {"HOME": str(self.folder), "CODEX_HOME": str(self.home), "PATH": os.environ["PATH"]}
         return {**own, "SHELL": "/bin/bash", "LANG": "C.UTF-8", **self.environment}
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    """The npm package starts codex itself as a child: both must go."""
+    os.killpg(process.pid, signal.SIGKILL)
 
 
 def _npm(target: Path, version: str) -> None:

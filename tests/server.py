@@ -20,7 +20,6 @@ import uvicorn
 
 from responses_ingress.app import create_app
 from responses_ingress.settings import PREFIX, Settings
-from responses_ingress.store import migrate
 
 _START_TIMEOUT = 30.0
 _STOP_TIMEOUT = 15.0
@@ -30,15 +29,20 @@ _MAIN = "from responses_ingress.cli import main; main()"
 
 
 class _Server(uvicorn.Server):
-    """Says when it listens, and leaves the process's signals alone."""
+    """Says when it listens, stops as soon as it is told, and leaves the process's signals alone."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.ready = asyncio.Event()
+        self.stop = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.ready.set()
+
+    async def main_loop(self) -> None:
+        await self.on_tick(0)
+        await self.stop.wait()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -48,7 +52,6 @@ class _Server(uvicorn.Server):
 @contextlib.asynccontextmanager
 async def running(settings: Settings) -> AsyncIterator[str]:
     """Serve with these settings on a free port, in the running loop; gives the base URL."""
-    await migrate.ensure(settings.async_database_url, auto=True)
     config = uvicorn.Config(
         create_app(settings),
         http="httptools",
@@ -70,7 +73,7 @@ async def running(settings: Settings) -> AsyncIterator[str]:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
         finally:
             ready.cancel()
-            server.should_exit = True
+            server.stop.set()
             await serving
 
 

@@ -81,7 +81,7 @@ def test_check_is_content_with_nothing_and_makes_nothing(tmp_path: Path) -> None
     assert result.output.splitlines() == [
         "fine   settings",
         "fine   database: sqlite:///responses_ingress.db does not exist yet; serve will see to it",
-        "fine   upstream echo (echo): models: any",
+        "fine   upstream echo (echo): models: echo",
     ]
     assert list(tmp_path.iterdir()) == []
 

@@ -44,7 +44,8 @@ class ChatBackend:
             logger.info("%s: left out tools that %s does not have: %s", turn.response_id, self.name, call.dropped)
         reader = ChatReader(call.tools)
         body = orjson.dumps(call.body)
-        async with self._client.post("/chat/completions", body, turn.bearer) as answer:
+        answer = await self._client.post("/chat/completions", body, turn.bearer)
+        try:
             if answer.status >= 400:
                 raise read_error(answer.status, await answer.read_error(), answer.retry_after)
             yield [Accepted()]
@@ -54,6 +55,8 @@ class ChatBackend:
             async with aclosing(self._read_stream(answer, reader)) as batches:
                 async for deltas in batches:
                     yield deltas
+        finally:
+            answer.close()
 
     async def _read_stream(self, answer: Answer, reader: ChatReader) -> AsyncGenerator[Sequence[Delta], None]:
         parser = Parser()

@@ -7,10 +7,12 @@ closes the upstream's connection at once. It must not know what is sent.
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import orjson
@@ -68,20 +70,17 @@ class Client:
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None),
             trace_configs=[trace],
-            trust_env=True,
+            proxy=_proxy(upstream.url),
         )
 
     async def close(self) -> None:
         await self._session.close()
 
-    @asynccontextmanager
-    async def post(self, path: str, body: bytes, bearer: str | None = None) -> AsyncGenerator["Answer", None]:
-        """Send `body`, give its answer whatever its status. Raises `UpstreamError` and its kin."""
+    async def post(self, path: str, body: bytes, bearer: str | None = None) -> "Answer":
+        """Send `body`, give its answer, whatever its status; the caller closes it. Raises `UpstreamError`
+        and its kin."""
         response = await self._send("POST", path, self.upstream.request_headers(bearer), body)
-        try:
-            yield Answer(self.upstream, response)
-        finally:
-            response.close()
+        return Answer(self.upstream, response)
 
     async def get_json(self, path: str) -> Any:
         """The parsed answer to a GET."""
@@ -123,6 +122,16 @@ class Client:
                 return response
 
 
+def _proxy(url: str) -> str | None:
+    """The proxy that the environment names for `url`. Read once: aiohttp's own `trust_env` reads the
+    netrc file, in a thread, at every request."""
+    parts = urlsplit(url)
+    if parts.hostname is None or proxy_bypass(parts.hostname):
+        return None
+    proxies = getproxies()
+    return proxies.get(parts.scheme) or proxies.get("all")
+
+
 async def _note_reuse(_session: object, context: SimpleNamespace, _params: object) -> None:
     if context.trace_request_ctx is not None:
         context.trace_request_ctx.append(True)
@@ -134,6 +143,10 @@ class Answer:
 
     upstream: Upstream
     response: aiohttp.ClientResponse
+
+    def close(self) -> None:
+        """Close the connection, unless the whole answer was read."""
+        self.response.close()
 
     @property
     def status(self) -> int:

@@ -76,7 +76,7 @@ def kind_of(part: Any) -> Kind | None:
 def parts_of(item: Item, place: str) -> Iterator[tuple[Kind, dict[str, Any]]]:
     """The parts at `place` in `item` that stream."""
     parts = item.get(place)
-    for part in parts if isinstance(parts, list) else ():
+    for part in parts if isinstance(parts, list) and item["type"] not in FIELDS else ():
         kind = kind_of(part)
         if kind is not None and PARTS[kind].place == place:
             yield kind, part

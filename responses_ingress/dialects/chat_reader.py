@@ -4,8 +4,8 @@ What must stay true: items never interleave, so one that begins while a tool cal
 until that call is whole; no text and no call is lost; a stream without a finish reason is truncated,
 never completed. Knows nothing of HTTP, SSE or time. `chat` is the way there.
 
-The habits of servers that this reader puts up with are those of the recorded streams of 20 vendors
-(`tests/recorded/test_chat_streams.py`) and of servers read in source; each is named where it is met.
+The habits of servers that this reader puts up with are those of the recorded answers of 14 vendors
+(`tests/recorded/test_chat_streams.py`) and a few that others are known for; each is named where it is met.
 """
 
 from typing import Any

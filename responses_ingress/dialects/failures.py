@@ -41,19 +41,20 @@ _RATE_LIMIT = re.compile(r"rate.?limit|too many requests", re.IGNORECASE)
 
 
 class _Trouble(NamedTuple):
-    """What could be read of an error. `code` is the upstream's own, `number` its status if it says one."""
+    """What could be read of an error. `code` and `kind` are the upstream's own, `number` its status."""
 
     message: str
     code: str = ""
+    kind: str = ""
     number: int = 0
 
     @property
     def is_overflow(self) -> bool:
-        return not self.is_rate_limit and bool(_OVERFLOW.search(f"{self.code} {self.message}"))
+        return not self.is_rate_limit and bool(_OVERFLOW.search(f"{self.code} {self.kind} {self.message}"))
 
     @property
     def is_rate_limit(self) -> bool:
-        return self.number == 429 or bool(_RATE_LIMIT.search(self.code))
+        return self.number == 429 or bool(_RATE_LIMIT.search(f"{self.code} {self.kind}"))
 
 
 def read_error(status: int, body: bytes, retry_after: float | None = None) -> UpstreamError:
@@ -62,8 +63,8 @@ def read_error(status: int, body: bytes, retry_after: float | None = None) -> Up
     code = _code(trouble)
     if code == "context_length_exceeded":
         status = 400
-    said = f": {trouble.message}" if trouble.message else "."
-    message = f"The upstream {'refused the request' if status < 500 else 'failed'} (status {trouble.number}){said}"
+    what = "refused the request" if status < 500 else "failed"
+    message = _sentence(f"The upstream {what} (status {trouble.number})", trouble.message)
     return UpstreamError(message, code=code, status=_status(status), retry_after=retry_after)
 
 
@@ -75,9 +76,14 @@ def in_band(body: Any) -> dict[str, str]:
         code = "rate_limit_exceeded"
     elif trouble.is_overflow:
         code = "context_length_exceeded"
-    name = trouble.code or (f"status {trouble.number}" if trouble.number else "")
-    said = f": {trouble.message}" if trouble.message else "."
-    return {"code": code, "message": f"The upstream reported an error{f' ({name})' if name else ''}{said}"}
+    name = trouble.code or trouble.kind or (f"status {trouble.number}" if trouble.number else "")
+    what = f"The upstream reported an error ({name})" if name else "The upstream reported an error"
+    return {"code": code, "message": _sentence(what, trouble.message)}
+
+
+def _sentence(what: str, said: str) -> str:
+    whole = f"{what}: {said}" if said else what
+    return whole if whole.endswith((".", "!", "?")) else f"{whole}."
 
 
 def _status(status: int) -> int:
@@ -117,9 +123,13 @@ def _find(body: Any) -> _Trouble:
             if inner.message:
                 return inner
     code, kind = body.get("code"), body.get("type")
-    name = code if isinstance(code, str) else kind if isinstance(kind, str) else ""
     number = code if isinstance(code, int) else body.get("status_code")
-    return _Trouble(_message(body)[:_LONGEST], name, number if isinstance(number, int) else 0)
+    return _Trouble(
+        _message(body)[:_LONGEST],
+        code=code if isinstance(code, str) else "",
+        kind=kind if isinstance(kind, str) else "",
+        number=number if isinstance(number, int) else 0,
+    )
 
 
 def _message(error: dict[str, Any]) -> str:

@@ -16,9 +16,11 @@ from typing import Any
 
 import orjson
 
-from responses_ingress.core.channels import ANNOTATION, FIELDS, PARTS, PLACES, Channel, kind_of, parts_of, seals, takes
-from responses_ingress.core.deltas import Accepted, Close, Delta, Finish, Item, Kind, Mark, Note, Open, Part, Text
-from responses_ingress.core.replay import bare, bare_part, deltas_of_response, ended_as, ending, opening, part_deltas
+from responses_ingress.core.channels import ANNOTATION, FIELDS, PARTS, Channel, kind_of, seals
+from responses_ingress.core.deltas import Accepted, Close, Delta, Finish, Item, Kind, Mark, Open
+from responses_ingress.core.replay import bare, bare_part, deltas_of_response, ended_as, ending
+from responses_ingress.dialects.failures import in_band
+from responses_ingress.dialects.slot import Slot
 from responses_ingress.errors import UpstreamInvalid, UpstreamTruncated
 from responses_ingress.ids import PREFIXES
 
@@ -39,107 +41,15 @@ _IMPLIED: Mapping[Kind, Item] = {
 """The item that text belongs to when the provider did not announce one."""
 
 
-class _Slot:
-    """An item of the provider's output, and how far it has been passed on."""
-
-    __slots__ = ("closed", "index", "item", "kind", "last", "notes", "parts", "position", "said", "sealed")
-
-    def __init__(self, index: int, item: Item) -> None:
-        self.index = index
-        self.item = item
-        self.closed = False
-        self.sealed = False
-        """A phase has ended its text."""
-        self.kind: Kind | None = None
-        """Kind and position (the provider's) of the open part."""
-        self.position: int | None = None
-        self.parts = dict.fromkeys(PLACES, 0)
-        """How many parts were opened, and the highest position among them."""
-        self.last = dict.fromkeys(PLACES, -1)
-        self.said: list[str] = []
-        """The text of the open part or field."""
-        self.notes = 0
-
-    def takes(self, kind: Kind) -> bool:
-        return not self.closed and takes(self.item, kind)
-
-    def text(self, text: str, logprobs: Sequence[Any] | None = None) -> Text:
-        self.said.append(text)
-        return Text(self.index, text, logprobs or None)
-
-    def note(self, annotation: Any) -> Note:
-        self.notes += 1
-        return Note(self.index, annotation)
-
-    def rest(self, whole: Any) -> list[Delta]:
-        """What `whole` has beyond the text that was passed on."""
-        said = "".join(self.said)
-        if isinstance(whole, str) and whole != said and whole.startswith(said):
-            return [self.text(whole[len(said) :])]
-        return []
-
-    def enter(self, kind: Kind, position: Any, part: Mapping[str, Any] | None = None) -> list[Delta] | None:
-        """Make the part at `position` the open one; None if it lies behind."""
-        place = PARTS[kind].place
-        if not isinstance(position, int):
-            position = self.position if kind == self.kind else self.last[place] + 1
-        if kind == self.kind and position == self.position:
-            return []
-        if position <= self.last[place]:
-            return None
-        self.kind, self.position, self.said, self.notes = kind, position, [], 0
-        self.last[place] = position
-        self.parts[place] += 1
-        return [Part(self.index, kind, part)]
-
-    def part_rest(self, part: Mapping[str, Any]) -> list[Delta]:
-        """What the whole of the open part has beyond what was passed on."""
-        deltas = self.rest(part.get(PARTS[self.kind].field)) if self.kind else []
-        missed = (part.get("annotations") or [])[self.notes :]
-        return [*deltas, *(self.note(annotation) for annotation in missed)]
-
-    def complete(self, item: Item) -> list[Delta]:
-        """What the whole item has in its parts beyond what was passed on."""
-        deltas: list[Delta] = []
-        unseen: list[Delta] = []
-        for place in PLACES:
-            for count, (kind, part) in enumerate(parts_of(item, place), 1):
-                if count > self.parts[place]:
-                    unseen += part_deltas(self.index, kind, part)
-                elif count == self.parts[place] and kind == self.kind:
-                    deltas += self.part_rest(part)
-        return deltas + unseen
-
-    def close(self, item: Item) -> list[Delta]:
-        deltas = self.complete(item)
-        self.item, self.closed, self.sealed, self.said = self.same(item), True, True, []
-        return [*deltas, Close(self.index, self.item)]
-
-    def whole(self, item: Item) -> list[Delta]:
-        """An item of which nothing was passed on."""
-        self.closed = self.sealed = True
-        return [*opening(self.index, item), Close(self.index, item)]
-
-    def same(self, item: Item) -> Item:
-        """`item` under the id it is known by."""
-        if item["type"] != self.item["type"]:
-            raise UpstreamInvalid(f"The upstream turned a {self.item['type']} into a {item['type']}.")
-        return {**item, "id": self.item["id"]}
-
-    def streams(self, item: Item) -> bool:
-        """Whether text of it streams, so that its end matters to clients that only read the stream."""
-        return item["type"] in FIELDS or any(True for place in PLACES for _ in parts_of(item, place))
-
-
 class ResponsesReader:
     """Feed it the events of one response, or give it a whole one."""
 
     def __init__(self) -> None:
         self.envelope: Mapping[str, Any] | None = None
         """The response object as the provider created it."""
-        self._slots: list[_Slot] = []
-        self._by_id: dict[str, _Slot] = {}
-        self._by_index: dict[int, _Slot] = {}
+        self._slots: list[Slot] = []
+        self._by_id: dict[str, Slot] = {}
+        self._by_index: dict[int, Slot] = {}
         self._ended = False
 
     def feed(self, event: Mapping[str, Any]) -> list[Delta]:
@@ -210,11 +120,11 @@ class ResponsesReader:
                 items[slot.index] = slot.same(item)
         return deltas, items
 
-    def _pair(self, output: Sequence[Item]) -> list[tuple[_Slot | None, Item]]:
+    def _pair(self, output: Sequence[Item]) -> list[tuple[Slot | None, Item]]:
         """Each final item with its slot: by id, or as the next of its type, since ids may have changed."""
         named = {item["id"] for item in output}
         free = [slot for slot in self._slots if slot.item["id"] not in named]
-        pairs: list[tuple[_Slot | None, Item]] = []
+        pairs: list[tuple[Slot | None, Item]] = []
         for item in output:
             slot = self._by_id.get(item["id"])
             if slot is None:
@@ -259,15 +169,15 @@ class ResponsesReader:
 
     # Items
 
-    def _slot(self, item: Item, position: Any) -> _Slot:
-        slot = _Slot(len(self._slots), item)
+    def _slot(self, item: Item, position: Any) -> Slot:
+        slot = Slot(len(self._slots), item)
         self._slots.append(slot)
         self._by_id[item["id"]] = slot
         if isinstance(position, int):
             self._by_index[position] = slot
         return slot
 
-    def _find(self, event: Mapping[str, Any], id: Any = None) -> _Slot | None:
+    def _find(self, event: Mapping[str, Any], id: Any = None) -> Slot | None:
         """The slot an event is about: by the item's id, or, where ids change under way, by its index."""
         id, index = id or event.get("item_id"), event.get("output_index")
         slot = self._by_id.get(id) if isinstance(id, str) else None
@@ -317,12 +227,13 @@ class ResponsesReader:
         extra = {key: value for key, value in event.items() if key not in known} or None
         if slot is None:
             return [Mark(None, name, extra)]
-        slot.sealed = slot.sealed or seals(name, slot.item)
+        if seals(name, slot.item):
+            slot.seal()
         return [Mark(slot.index, name, extra)]
 
     # Text
 
-    def _part_slot(self, event: Mapping[str, Any], kind: Kind) -> tuple[list[Delta], _Slot | None]:
+    def _part_slot(self, event: Mapping[str, Any], kind: Kind) -> tuple[list[Delta], Slot | None]:
         """The open item that a part event is about, opened if it was never announced."""
         slot = self._find(event)
         if slot is not None:
@@ -333,7 +244,7 @@ class ResponsesReader:
 
     def _enter(
         self, event: Mapping[str, Any], kind: Kind, part: Mapping[str, Any] | None = None
-    ) -> tuple[list[Delta], _Slot | None]:
+    ) -> tuple[list[Delta], Slot | None]:
         """The same, with the part open that the event is about; no slot for one that is over."""
         deltas, slot = self._part_slot(event, kind)
         if slot is None:
@@ -370,7 +281,7 @@ class ResponsesReader:
             return deltas
         return [*deltas, slot.note(_object(event, "annotation"))]
 
-    def _field_slot(self, event: Mapping[str, Any], channel: Channel) -> _Slot | None:
+    def _field_slot(self, event: Mapping[str, Any], channel: Channel) -> Slot | None:
         """The open call that a field event is about. One never announced has no name yet: it comes whole
         when it is done."""
         slot = self._find(event)
@@ -432,10 +343,9 @@ def _text(event: Mapping[str, Any]) -> str:
 
 
 def _error_of(given: Any) -> dict[str, Any]:
-    """An upstream's error as the `error` of a failed response."""
-    given = given if isinstance(given, dict) else {"message": given}
-    code, message = given.get("code") or given.get("type"), given.get("message")
-    return {
-        "code": code if isinstance(code, str) else "upstream_error",
-        "message": message if isinstance(message, str) else "The upstream failed without a reason.",
-    }
+    """An upstream's error as the `error` of a failed response: its own code, but where ours says more."""
+    error = in_band(given)
+    code, message = (given.get("code"), given.get("message")) if isinstance(given, dict) else (None, None)
+    if not isinstance(code, str) or not isinstance(message, str):
+        return {**error}
+    return {"code": code if error["code"] == "server_error" else error["code"], "message": message}

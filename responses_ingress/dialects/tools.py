@@ -96,8 +96,7 @@ def _candidates(tool: Tool) -> Iterable[str]:
     if plain == legal and 0 < len(plain) <= _LONGEST:
         yield plain
     digest = sha256(orjson.dumps(list(tool))).hexdigest()
-    for size in range(8, _LONGEST, 8):
-        yield f"{legal[: _LONGEST - 1 - size]}_{digest[:size]}"
+    yield from (f"{legal[: _LONGEST - 1 - size]}_{digest[:size]}" for size in range(8, _LONGEST, 8))
 
 
 @dataclass(frozen=True, slots=True)

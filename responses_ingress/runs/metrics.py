@@ -33,6 +33,17 @@ class Metrics:
             registry=self._registry,
         )
 
+        self._children: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
+
+    def count(self, backend: str, status: str, seconds: float) -> None:
+        """A response has ended."""
+        children = self._children.get((backend, status))
+        if children is None:  # looking a labelled child up costs more than counting
+            children = self.responses.labels(backend, status), self.seconds.labels(backend)
+            self._children[backend, status] = children
+        children[0].inc()
+        children[1].observe(seconds)
+
     def expose(self) -> bytes:
         """The registry in Prometheus's text format."""
         return generate_latest(self._registry)

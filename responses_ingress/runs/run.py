@@ -28,7 +28,7 @@ import orjson
 
 from responses_ingress.backends.base import Backend
 from responses_ingress.core.builder import Builder, Event
-from responses_ingress.core.deltas import Accepted, Delta, Finish, Item, Open, Remember
+from responses_ingress.core.deltas import Accepted, Delta, Finish, Item, Open, Remember, Text
 from responses_ingress.core.deltas import encode as encode_deltas
 from responses_ingress.core.envelope import Envelope, reduce, split_repeated
 from responses_ingress.core.items import digest
@@ -188,8 +188,10 @@ class Run:
 
     def _stamp(self, delta: Delta) -> Delta:
         """The delta with our ids and our time in it, so that feeding it again gives the same bytes."""
+        if isinstance(delta, Text):
+            return delta
         if isinstance(delta, Open):
-            return replace(delta, item=self._named(delta.item))
+            return Open(delta.index, self._named(delta.item))
         if isinstance(delta, Accepted):
             self.was_accepted = True
             self._settle()

@@ -74,6 +74,7 @@ class Runner:
         self._runs: dict[str, Run] = {}
         self._recorded: set[str] = set()
         self._closing = False
+        metrics.running.set_function(lambda: len(self._runs))
         self._upkeep = asyncio.create_task(self._keep_up(), name="runs-upkeep")
 
     def get(self, response_id: str) -> Run | None:
@@ -137,7 +138,6 @@ class Runner:
         self._runs[run.id] = run
         if run.recorded:
             self._recorded.add(run.id)
-        self._metrics.running.inc()
         began = self._clock()
         run.ended.add_done_callback(lambda _: self._on_ended(run, began))
         return run
@@ -145,12 +145,9 @@ class Runner:
     def _on_ended(self, run: Run, began: float) -> None:
         del self._runs[run.id]
         self._recorded.discard(run.id)
-        name = run.backend.name
-        self._metrics.running.dec()
-        self._metrics.responses.labels(name, run.status).inc()
-        self._metrics.seconds.labels(name).observe(self._clock() - began)
+        self._metrics.count(run.backend.name, run.status, self._clock() - began)
         if run.usage_missing:
-            self._metrics.usage_missing.labels(name).inc()
+            self._metrics.usage_missing.labels(run.backend.name).inc()
 
     async def _wait_for(self, busy: ResponseRunning, deadline: float) -> None:
         """Wait until the run in the way has ended; end it where nobody follows it and its thread is wanted."""

@@ -5,9 +5,12 @@ lock, an advisory lock on PostgreSQL), so that several workers may start on an o
 Whatever keeps the database from being opened or migrated is a `SettingsError` in plain words.
 """
 
+import asyncio
+import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
+from time import sleep
 
 from alembic import command
 from alembic.config import Config
@@ -22,6 +25,7 @@ from responses_ingress.errors import SettingsError
 from responses_ingress.store.engine import is_sqlite, write_engine
 
 _LOCK = 7_230_517_664
+_ATTEMPTS, _PAUSE = 200, 0.05
 
 
 def migrations_folder() -> Path:
@@ -94,6 +98,8 @@ async def transaction(url: str) -> AsyncIterator[AsyncConnection]:
     except ModuleNotFoundError as error:
         raise SettingsError(f"{error.name} is not installed: pip install 'responses-ingress[postgres]'.") from None
     try:
+        if is_sqlite(url):
+            await asyncio.to_thread(_open_file, _parsed(url).database or "")
         async with engine.begin() as connection:
             if not is_sqlite(url):
                 await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
@@ -102,10 +108,28 @@ async def transaction(url: str) -> AsyncIterator[AsyncConnection]:
         raise SettingsError(
             f"The database {name} cannot be migrated: {error}. Was it made by a newer version?"
         ) from None
-    except (SQLAlchemyError, OSError) as error:
+    except (SQLAlchemyError, sqlite3.Error, OSError) as error:
         raise SettingsError(f"The database {name} cannot be used: {_cause(error)}.") from error
     finally:
         await engine.dispose()
+
+
+def _open_file(name: str) -> None:
+    """Open an SQLite file with the bare driver first, and switch it to WAL.
+
+    Processes that switch a fresh file at once are not made to wait for each other, as writers are, so one
+    has to try again. And where the file cannot be opened it is said here: the async driver would leave a
+    thread behind that writes a traceback when the loop is gone.
+    """
+    with closing(sqlite3.connect(name)) as connection:
+        for left in reversed(range(_ATTEMPTS)):
+            try:
+                connection.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or not left:
+                    raise
+                sleep(_PAUSE)
 
 
 def shown(url: str) -> str:

@@ -69,6 +69,9 @@ def _bearer(headers: Mapping[str, str]) -> str | None:
 
 def read_caller(headers: Mapping[str, str], tenant: str, bearer: str | None) -> Caller:
     """What the headers tell of the thread. Raises `InvalidValue` for a thread name that cannot be one."""
+    key = _thread_key(headers)
+    if key is None:
+        return Caller(tenant=tenant, bearer=bearer)
     metadata = _turn_metadata(headers)
     lineage = {name: metadata[name] for name in _LINEAGE if isinstance(metadata.get(name), str | int)}
     parent = headers.get("x-codex-parent-thread-id")
@@ -80,7 +83,7 @@ def read_caller(headers: Mapping[str, str], tenant: str, bearer: str | None) -> 
     forked_from = lineage.get("forked_from_thread_id")
     return Caller(
         tenant=tenant,
-        thread_key=_thread_key(headers),
+        thread_key=key,
         kind=_kind(headers, metadata),
         lineage=lineage,
         forked_from=forked_from if isinstance(forked_from, str) else None,

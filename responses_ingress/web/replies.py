@@ -17,6 +17,7 @@ from responses_ingress.web.callers import is_codex
 from responses_ingress.web.exchange import Exchange
 
 _MOST_EVENTS = 64  # per write, so that the first token does not wait for the last
+_WATCH_AFTER = 0.1  # seconds
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -38,13 +39,21 @@ class StreamOptions:
 
 @contextmanager
 def following(exchange: Exchange, run: Run) -> Iterator[Follower]:
-    """Follow `run` until the block ends or the client leaves."""
+    """Follow `run` until the block ends or the client leaves.
+
+    Only a task can watch for a client's leaving. A turn that is over before `_WATCH_AFTER` does without.
+    """
+    watches: list[asyncio.Task[None]] = []
     with run.feed.follow() as follower:
-        watch = asyncio.create_task(_leave_with(exchange, follower))
+        timer = asyncio.get_running_loop().call_later(
+            _WATCH_AFTER, lambda: watches.append(asyncio.create_task(_leave_with(exchange, follower)))
+        )
         try:
             yield follower
         finally:
-            watch.cancel()
+            timer.cancel()
+            for watch in watches:
+                watch.cancel()
 
 
 async def _leave_with(exchange: Exchange, follower: Follower) -> None:

@@ -62,7 +62,7 @@ def _errors(client: OpenAI, response_id: str) -> dict[str, Any]:
         client.responses.create(model=MODEL, input="Refuse me")
     except openai.BadRequestError as error:
         assert isinstance(error.body, dict)
-        seen["refused"] = [error.status_code, error.body["message"]]
+        seen["refused"] = error.body["message"]
     client.responses.delete(response_id)
     try:
         client.responses.retrieve(response_id)

@@ -4,14 +4,16 @@ Codex carries its own history and keeps it in a file of its own, its rollout: th
 same items in the same order, none twice, none lost.
 """
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from responses_ingress.settings import Settings
 from tests.codex import VERSIONS, Codex
 from tests.history import branches, brief, history, responses, stored_items, threads
-from tests.server import ServerProcess
+from tests.server import ServerProcess, running
 from tests.upstream import Answer, Received, Reply, Say, Stream, Upstream, call_chunks, chunk, usage
 
 NEWEST = VERSIONS[0]
@@ -70,7 +72,7 @@ async def test_first_turn_and_resume(codex: Codex, chat: str, upstream: Upstream
         ("user", "Are you there?"),
         ("assistant", "Still here."),
     ]
-    assert [response["status"] for response in responses(database, first.thread_id)] == ["completed"] * 2
+    assert responses(database, first.thread_id) == []  # codex sends store: false
     assert_sound(codex, database, first.thread_id)
 
 
@@ -126,6 +128,33 @@ def _patch_once(received: Received, patch: str) -> Answer:
     (function,) = [t["function"] for t in received.json["tools"] if t["function"]["name"] == "apply_patch"]
     (field,) = function["parameters"]["properties"]
     return Say(calls=[("apply_patch", {field: patch})])
+
+
+async def test_tools_of_the_newest_models(newest: Codex, chat: str, upstream: Upstream, database: Path) -> None:
+    """Their tools come inside the input, in namespaces; the main one takes raw JavaScript and answers in parts."""
+    newest.configure(chat, model="gpt-6.1-sol")
+    script = 'const done = await tools.exec_command({cmd: "echo hi"});\ntext(done);'
+    upstream.answer = lambda received: _script_once(received, script)
+
+    outcome = await newest.exec("Run it")
+    assert outcome.code == 0, outcome
+    assert outcome.messages == ["It ran."]
+    stored = history(database, outcome.thread_id)
+    (call,) = [item for item in stored if item["type"] == "custom_tool_call"]
+    assert (call["namespace"], call["name"], call["input"]) == ("functions", "exec", script)
+    (output,) = [item for item in stored if item["type"] == "custom_tool_call_output"]
+    assert isinstance(output["output"], list)
+    assert "hi" in str(output["output"])
+    assert_sound(newest, database, outcome.thread_id)
+
+
+def _script_once(received: Received, script: str) -> Answer:
+    if received.json["messages"][-1]["role"] == "tool":
+        assert "hi" in received.json["messages"][-1]["content"]
+        return Say("It ran.")
+    (function,) = [t["function"] for t in received.json["tools"] if t["function"]["name"].endswith("exec")]
+    (field,) = function["parameters"]["properties"]
+    return Say(calls=[(function["name"], {field: script})])
 
 
 async def test_echo_backend_and_restart(codex: Codex, database: Path) -> None:
@@ -221,7 +250,9 @@ async def test_recovers_from_upstream_errors(codex: Codex, chat: str, upstream: 
 
 async def test_recovers_from_a_truncated_stream(codex: Codex, chat: str, upstream: Upstream, database: Path) -> None:
     codex.configure(chat)
-    upstream.script(Stream([chunk({"content": "Half an "}), chunk({"content": "ans"})], close="eof"), Say("Whole."))
+    upstream.script(
+        Stream([chunk({"content": "Half an "}), chunk({"content": "ans"})], close="eof", pace=0.02), Say("Whole.")
+    )
 
     outcome = await codex.exec("Try")
     assert outcome.code == 0, outcome
@@ -238,7 +269,7 @@ async def test_goes_on_from_a_call_of_a_failed_response(
     codex.configure(chat)
     whole = call_chunks("exec_command", ECHO_HI, turn=70)
     partial = call_chunks("exec_command", {"cmd": "echo never"}, turn=71, index=1)[:2]
-    upstream.script(Stream([*whole, *partial], close="eof"), Say("It said hi."))
+    upstream.script(Stream([*whole, *partial], close="eof", pace=0.02), Say("It said hi."))
 
     outcome = await codex.exec("Try")
     assert outcome.code == 0, outcome
@@ -247,6 +278,27 @@ async def test_goes_on_from_a_call_of_a_failed_response(
     kinds = [kind for kind, _ in brief(history(database, outcome.thread_id))]
     assert kinds == ["user", "function_call", "function_call_output", "assistant"]
     assert_sound(codex, database, outcome.thread_id)
+
+
+async def test_killed_in_the_middle_of_a_turn(codex: Codex, upstream: Upstream, database: Path) -> None:
+    """The client is gone: its run ends upstream too, and the thread goes on from what codex kept."""
+    settings = Settings(
+        backend="chat", upstream=upstream.url, database_url=f"sqlite:///{database}", disconnect_grace=0.05
+    )
+    upstream.script(Stream([chunk({"content": "Never "})], close="silent"), Say("Here again."))
+    async with running(settings) as url:
+        codex.configure(url)
+        async with codex.interrupted("First"):
+            await upstream.called(1)
+        await asyncio.wait_for(upstream.closed(0), 10)
+        (thread_id,) = codex.thread_ids
+        outcome = await codex.resume(thread_id, "Second")
+    assert outcome.code == 0, outcome
+    assert outcome.messages == ["Here again."]
+    assert [pair for pair in brief(history(database, thread_id)) if pair[0] == "assistant"] == [
+        ("assistant", "Here again.")
+    ]
+    assert_sound(codex, database, thread_id)
 
 
 async def test_sub_agent(codex: Codex, chat: str, upstream: Upstream, database: Path) -> None:

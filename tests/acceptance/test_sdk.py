@@ -288,7 +288,7 @@ async def test_not_stored(client: AsyncOpenAI, upstream: Upstream) -> None:
 @pytest.mark.parametrize(
     ("fields", "param", "code"),
     [
-        ({"temperature": 7}, "temperature", "decimal_above_max_value"),
+        ({"temperature": 2.5}, "temperature", "decimal_above_max_value"),
         ({"max_output_tokens": 1}, "max_output_tokens", "integer_below_min_value"),
         ({"input": 7}, "input", "invalid_type"),
         ({"input": [{"role": "nobody", "content": "x"}]}, "input[0].role", "invalid_value"),
@@ -456,7 +456,9 @@ async def test_sdk_1(sdk1: Path, chat: str, upstream: Upstream) -> None:
     )
     stdout, stderr = await process.communicate()
     assert process.returncode == 0, stderr.decode()
-    assert orjson.loads(stdout) == {
+    seen = orjson.loads(stdout)
+    assert seen.pop("refused").endswith("No.")
+    assert seen == {
         "version": SDK1,
         "created": "Paris.",
         "retrieved": "Paris.",
@@ -466,6 +468,5 @@ async def test_sdk_1(sdk1: Path, chat: str, upstream: Upstream) -> None:
         "arguments": {"city": "Rome"},
         "answered": "Sunny.",
         "inputs": ["function_call_output"],
-        "refused": [400, "No."],
         "deleted": 404,
     }

@@ -48,7 +48,8 @@ async def on(url: str, work: Callable[..., T], *arguments: Any) -> T:
 
 
 def differences(connection: Connection) -> list[Any]:
-    return compare_metadata(MigrationContext.configure(connection, opts={"compare_type": True}), metadata)
+    found: list[Any] = compare_metadata(MigrationContext.configure(connection, opts={"compare_type": True}), metadata)
+    return found
 
 
 def tables(connection: Connection) -> set[str]:

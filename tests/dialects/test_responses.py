@@ -1,0 +1,511 @@
+"""The reader of the Responses dialect: what a provider's stream becomes, also when it is a faulty one."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from responses_ingress.core.deltas import Accepted, Close, Delta, Finish, Mark, Note, Open, Part, Text
+from responses_ingress.dialects.responses import ResponsesReader
+from responses_ingress.errors import UpstreamError, UpstreamInvalid, UpstreamTruncated
+from tests.core.shapes import (
+    DONE,
+    ENVELOPE,
+    ERROR,
+    QUEUED,
+    USAGE,
+    Json,
+    build,
+    call,
+    code_call,
+    custom_call,
+    events_of,
+    legal_deltas,
+    message,
+    parsed,
+    reasoning,
+    search_call,
+    text_item,
+)
+from tests.invariants import check_stream
+
+NOTE = {"type": "url_citation", "url": "u"}
+ANSWER: list[Delta] = [
+    Accepted(),
+    Open(0, reasoning()),
+    Part(0, "summary_text"),
+    Text(0, "thi"),
+    Text(0, "nk"),
+    Close(0),
+    Open(1, search_call()),
+    Mark(1, "response.web_search_call.searching"),
+    Close(1, {**search_call(), "status": "completed"}),
+    Open(2, message()),
+    Part(2, "output_text"),
+    Text(2, "Hel"),
+    Text(2, "lo"),
+    Note(2, NOTE),
+    Close(2),
+    Open(3, call()),
+    Text(3, '{"a"'),
+    Text(3, ":1}"),
+    Close(3),
+    DONE,
+]
+EVENTS = events_of(ANSWER)
+OUTPUT = EVENTS[-1]["response"]["output"]
+
+
+def read(events: Sequence[Json]) -> list[Delta]:
+    reader = ResponsesReader()
+    deltas = [delta for event in events for delta in reader.feed(event)]
+    return [*deltas, *reader.finish()]
+
+
+def rebuilt(events: Sequence[Json]) -> list[Json]:
+    """The events after reading and building them again, checked."""
+    again = events_of(read(events), dict(events[0]["response"]))
+    check_stream(again, interleaved=True, backfilled=True)
+    return again
+
+
+def without(name: str, events: Sequence[Json] = EVENTS) -> list[Json]:
+    return [event for event in events if not event["type"].endswith(name)]
+
+
+def finish_of(deltas: Sequence[Delta]) -> Finish:
+    last = deltas[-1]
+    assert isinstance(last, Finish)
+    return last
+
+
+# Sound streams
+
+
+def test_a_stream_as_deltas() -> None:
+    deltas = read(EVENTS)
+    assert deltas == [
+        Accepted(),
+        Open(0, reasoning()),
+        Part(0, "summary_text"),
+        Text(0, "thi"),
+        Text(0, "nk"),
+        Close(0, OUTPUT[0]),
+        Open(1, search_call()),
+        Mark(1, "response.web_search_call.searching"),
+        Close(1, OUTPUT[1]),
+        Open(2, message()),
+        Part(2, "output_text"),
+        Text(2, "Hel"),
+        Text(2, "lo"),
+        Note(2, NOTE),
+        Close(2, OUTPUT[2]),
+        Open(3, call()),
+        Text(3, '{"a"'),
+        Text(3, ":1}"),
+        Close(3, OUTPUT[3]),
+        Finish("completed", usage=USAGE, echo={"service_tier": "default"}, at=DONE.at),
+    ]
+
+
+@given(legal_deltas(), st.sampled_from([ENVELOPE, QUEUED]))
+def test_what_we_send_we_read_back(deltas: list[Delta], envelope: Json) -> None:
+    events = events_of(deltas, envelope)
+    assert events_of(read(events), envelope) == events
+
+
+def test_the_envelope_is_the_response_as_created() -> None:
+    reader = ResponsesReader()
+    for event in EVENTS:
+        reader.feed(event)
+    assert reader.envelope == ENVELOPE
+
+
+def test_the_envelope_of_a_stream_that_begins_at_its_end() -> None:
+    reader = ResponsesReader()
+    reader.feed(EVENTS[-1])
+    assert reader.envelope == {**ENVELOPE, "service_tier": "default"}
+
+
+def test_what_changed_since_creation_is_echoed() -> None:
+    final = {**EVENTS[-1]["response"], "moderation": {"ok": True}, "model": "other", "id": "resp_2"}
+    finish = finish_of(read([*EVENTS[:-1], {**EVENTS[-1], "response": final}]))
+    assert finish.echo == {"service_tier": "default", "moderation": {"ok": True}, "model": "other"}
+
+
+def test_the_newer_encrypted_content_is_kept() -> None:
+    first = {**reasoning(), "encrypted_content": "a"}
+    events = events_of([Open(0, first), Close(0), DONE])
+    events[-1]["response"]["output"][0]["encrypted_content"] = "b"
+    assert finish_of(read(events)).items == {0: {**first, "encrypted_content": "b"}}
+    assert rebuilt(events) == events
+
+
+def test_unknown_events_are_marks() -> None:
+    odd = {"type": "response.odd", "sequence_number": 2, "x": 1, "obfuscation": "zz"}
+    about = {"type": "response.odd.one", "output_index": 1, "item_id": "ws_1", "y": 2}
+    assert read([*EVENTS[:2], odd, *EVENTS[2:]])[1] == Mark(None, "response.odd", {"x": 1})
+    at = next(n for n, event in enumerate(EVENTS) if event["type"].endswith("searching"))
+    assert Mark(1, "response.odd.one", {"y": 2}) in read([*EVENTS[:at], about, *EVENTS[at:]])
+
+
+@pytest.mark.parametrize("name", ["keepalive", "ping", "response.metadata"])
+def test_events_about_the_connection_are_dropped(name: str) -> None:
+    assert read([{"type": name}, *EVENTS]) == read(EVENTS)
+
+
+# Faults
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "content_part.added",
+        "content_part.done",
+        "reasoning_summary_part.added",
+        "reasoning_summary_part.done",
+        "output_text.delta",
+        "output_text.done",
+        "annotation.added",
+        "reasoning_summary_text.delta",
+        "function_call_arguments.delta",
+        "function_call_arguments.done",
+        "in_progress",
+    ],
+)
+def test_a_kind_of_event_that_never_comes(name: str) -> None:
+    events = rebuilt(without(name))
+    assert [event["type"] for event in events if not event["type"].endswith("delta")] == [
+        event["type"] for event in EVENTS if not event["type"].endswith("delta")
+    ]
+    assert events[-1]["response"]["output"] == OUTPUT
+
+
+@pytest.mark.parametrize("name", ["output_item.added", "output_item.done"])
+def test_items_that_are_never_announced_or_never_done(name: str) -> None:
+    events = rebuilt(without(name))
+    assert events[-1]["response"]["output"] == OUTPUT
+    done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+    # A hosted call whose end only the final response tells is backfilled, as OpenAI does with MCP servers.
+    assert done == (OUTPUT if name.endswith("added") else [OUTPUT[0], OUTPUT[2], OUTPUT[3]])
+
+
+def test_text_without_any_announcement() -> None:
+    events = without("content_part.added", without("output_item.added"))
+    assert rebuilt(events)[-1]["response"]["output"] == OUTPUT
+    kinds = [delta.item["type"] for delta in read(events) if isinstance(delta, Open)]
+    assert kinds == ["reasoning", "web_search_call", "message", "function_call"]
+
+
+def test_only_a_final_response() -> None:
+    events = rebuilt([EVENTS[0], EVENTS[-1]])
+    assert events[-1]["response"]["output"] == OUTPUT
+    assert [event["delta"] for event in events if event["type"].endswith("delta")] == ["think", "Hello", '{"a":1}']
+
+
+def test_a_final_response_without_output_keeps_what_streamed() -> None:
+    final = {**EVENTS[-1], "response": {**EVENTS[-1]["response"], "output": []}}
+    assert rebuilt([*EVENTS[:-1], final])[-1]["response"]["output"] == OUTPUT
+    assert rebuilt([*without("output_item.done")[:-1], final])[-1]["response"]["output"][2:] == OUTPUT[2:]
+
+
+def test_ids_that_change_under_way() -> None:
+    def renamed(event: Json) -> Json:
+        if event["type"] == "response.output_item.done":
+            return {**event, "item": {**event["item"], "id": event["item"]["id"] + "_x"}}
+        if event["type"] == "response.completed":
+            output = [{**item, "id": item["id"] + "_y"} for item in event["response"]["output"]]
+            return {**event, "response": {**event["response"], "output": output}}
+        return event
+
+    assert rebuilt([renamed(event) for event in EVENTS]) == EVENTS
+
+
+def test_no_ids() -> None:
+    def nameless(event: Json) -> Json:
+        event = {key: value for key, value in event.items() if key != "item_id"}
+        if "item" in event:
+            event["item"] = {**event["item"], "id": ""}
+        if event["type"] == "response.completed":
+            output = [{**item, "id": None} for item in event["response"]["output"]]
+            return {**event, "response": {**event["response"], "output": output}}
+        return event
+
+    output = rebuilt([nameless(event) for event in EVENTS])[-1]["response"]["output"]
+    assert [item["id"] for item in output] == ["rs_100", "ws_101", "msg_102", "fc_103"]
+    assert [{**item, "id": before["id"]} for item, before in zip(output, OUTPUT, strict=True)] == OUTPUT
+
+
+def test_every_index_is_0() -> None:
+    events = [{**event, "output_index": 0} if "output_index" in event else event for event in EVENTS]
+    assert rebuilt(events) == EVENTS
+
+
+def test_no_sequence_numbers() -> None:
+    bare = [{key: value for key, value in event.items() if key != "sequence_number"} for event in EVENTS]
+    assert rebuilt(bare) == EVENTS
+
+
+def test_every_event_twice() -> None:
+    twice = [
+        copy for event in EVENTS for copy in (event, event) if not event["type"].endswith(("delta", "annotation.added"))
+    ]
+    assert rebuilt(twice)[-1]["response"]["output"] == OUTPUT
+
+
+def test_content_that_is_null() -> None:
+    events = events_of([Open(0, message()), Close(0), Open(1, reasoning()), Close(1), DONE])
+    for event in events:
+        for item in [event.get("item"), *event.get("response", {}).get("output", [])]:
+            if item is not None:
+                item.update({"content": None, "summary": None} if item["type"] == "reasoning" else {"content": None})
+    output = rebuilt(events)[-1]["response"]["output"]
+    assert output == [{**message(), "status": "completed"}, {**reasoning(), "content": None}]
+
+
+def test_arguments_that_are_an_object() -> None:
+    events = without(
+        "arguments.delta", without("arguments.done", events_of([Open(0, call()), Text(0, '{"a":1}'), Close(0), DONE]))
+    )
+    for item in (events[3]["item"], events[4]["response"]["output"][0]):
+        item["arguments"] = {"a": 1}
+    assert rebuilt(events)[-1]["response"]["output"][0]["arguments"] == '{"a":1}'
+
+
+def test_an_item_announced_with_its_text() -> None:
+    events = events_of(
+        [Open(0, call()), Text(0, "{}"), Close(0), Open(1, message()), Part(1, "output_text"), Close(1), DONE]
+    )
+    events[2]["item"]["arguments"] = "{}"
+    part = next(event["part"] for event in events if event["type"].endswith("content_part.added"))
+    part["text"] = "twice?"
+    assert rebuilt(events)[2]["item"]["arguments"] == ""
+    assert rebuilt(events)[-1]["response"]["output"] == events[-1]["response"]["output"]
+
+
+def test_reasoning_under_its_other_name() -> None:
+    events = events_of([Open(0, reasoning()), Part(0, "reasoning_text"), Text(0, "hm"), Close(0), DONE])
+    named = [{**event, "type": event["type"].replace("reasoning_text", "reasoning")} for event in events]
+    assert rebuilt(named) == events
+
+
+def test_items_side_by_side() -> None:
+    begun: list[Delta] = [Open(0, reasoning()), Part(0, "summary_text"), Open(1, message()), Part(1, "output_text")]
+    events = events_of([*begun, Text(1, "b"), Text(0, "a"), Close(1), Text(0, "a"), Close(0), DONE])
+    assert rebuilt(events) == events
+
+
+def test_a_part_that_does_not_stream() -> None:
+    part = {"type": "output_smell", "x": 1}
+    events = events_of([Open(0, message()), Close(0, {**text_item(""), "content": [part]}), DONE])
+    where = {"item_id": "msg_1", "output_index": 0, "content_index": 0, "part": part}
+    added = [{"type": "response.content_part.added", **where}, {"type": "response.content_part.done", **where}]
+    assert rebuilt([*events[:3], *added, *events[3:]]) == events
+
+
+def test_text_for_what_is_over_is_dropped() -> None:
+    late = [event for event in EVENTS if event["type"].endswith("delta")]
+    assert rebuilt([*EVENTS[:-1], *late, EVENTS[-1]]) == EVENTS
+
+
+def test_code_after_its_phase_is_dropped() -> None:
+    final = {**code_call(), "code": "1", "status": "completed"}
+    phase = Mark(0, "response.code_interpreter_call.interpreting")
+    events = events_of([Open(0, code_call()), Text(0, "1"), phase, Close(0, final), DONE])
+    late = {**events[3], "delta": "late"}
+    assert rebuilt([*events[:6], late, *events[6:]]) == events
+
+
+def test_a_new_item_under_an_index_that_is_over() -> None:
+    first, second = events_of([Open(0, custom_call("a")), Text(0, "x"), Close(0), DONE]), search_call("b")
+    added = {"type": "response.output_item.added", "output_index": 0, "item": second}
+    done = {"type": "response.output_item.done", "output_index": 0, "item": {**second, "status": "completed"}}
+    deltas = read([*first[:-1], added, done, first[-1]])
+    assert deltas[-3:-1] == [Open(1, second), Close(1, {**second, "status": "completed"})]
+
+
+# Endings
+
+
+@pytest.mark.parametrize("status", ["incomplete", "failed"])
+def test_an_ending_with_a_call_cut_short(status: str) -> None:
+    finish = Finish("incomplete", reason="content_filter") if status == "incomplete" else Finish("failed", error=ERROR)
+    events = events_of([*ANSWER[:-2], finish])
+    check_stream(events)
+    assert rebuilt(events) == events
+
+
+def test_a_failure_closes_nothing_and_keeps_what_it_tells() -> None:
+    told = {**call("fc_9"), "arguments": "{", "status": "incomplete"}
+    events = events_of([Accepted(), Finish("failed", error=ERROR)])
+    events[-1]["response"]["output"] = [told]
+    assert read(events) == [
+        Accepted(),
+        Finish("failed", error=ERROR, items={0: told}, echo={"service_tier": "default"}),
+    ]
+
+
+def test_a_cancelled_response() -> None:
+    assert finish_of(read(events_of([Accepted(), Finish("cancelled")]))).status == "cancelled"
+
+
+def test_incomplete_without_a_reason_is_a_failure() -> None:
+    events = events_of([Accepted(), Finish("incomplete", reason="x")])
+    events[-1]["response"]["incomplete_details"] = None
+    finish = finish_of(read(events))
+    assert finish.status == "failed" and finish.error is not None
+    assert "without a reason" in finish.error["message"]
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {
+            "type": "error",
+            "error": {"type": "invalid_request_error", "code": "odd_code", "message": "No.", "param": "x"},
+        },
+        {"type": "error", "code": "odd_code", "message": "No.", "param": None},
+    ],
+    ids=["nested", "flat"],
+)
+def test_an_error_event_fails_the_response(event: Json) -> None:
+    failed = events_of([Finish("failed", error=ERROR)])[-1]
+    assert read([*EVENTS[:5], event, failed])[-1] == Finish("failed", error={"code": "odd_code", "message": "No."})
+
+
+@pytest.mark.parametrize(
+    "error", [None, "broken", {}, {"code": 429, "message": "slow down"}, {"message": "context_length_exceeded"}]
+)
+def test_any_error_is_told_with_code_and_message(error: Any) -> None:
+    deltas = read([{"type": "error", "error": error}])
+    detail = finish_of(deltas).error
+    assert detail is not None and set(detail) == {"code", "message"} and all(detail.values())
+
+
+def test_a_full_context_has_its_one_code() -> None:
+    error = {"code": "bad", "message": "This model's maximum context length is 8192 tokens."}
+    detail = finish_of(read([{"type": "error", "error": error}])).error
+    assert detail == {"code": "context_length_exceeded", "message": error["message"]}
+
+
+def test_nothing_comes_after_the_end() -> None:
+    assert read([*EVENTS, *EVENTS]) == read(EVENTS)
+
+
+@pytest.mark.parametrize("count", range(len(EVENTS)))
+def test_a_stream_without_its_end_is_truncated(count: int) -> None:
+    with pytest.raises(UpstreamTruncated):
+        read(EVENTS[:count])
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {},
+        {"type": 5},
+        {"type": "response.created"},
+        {"type": "response.completed"},
+        {"type": "response.completed", "response": {"id": "r"}},
+        {"type": "response.completed", "response": {"id": "r", "output": [{"id": "x"}]}},
+        {"type": "response.output_item.added"},
+        {"type": "response.output_item.added", "item": {"id": "x"}},
+        {"type": "response.output_item.done", "item": []},
+        {"type": "response.content_part.added", "part": "x"},
+        {"type": "response.output_text.delta", "item_id": "msg_1", "delta": None},
+        {"type": "response.output_item.done", "output_index": 0, "item": {"id": "rs_1", "type": "message"}},
+    ],
+)
+def test_events_that_say_nothing_are_the_upstreams_fault(event: Json) -> None:
+    with pytest.raises(UpstreamInvalid):
+        read([*EVENTS[:4], event])
+
+
+# JSON answers
+
+
+def test_a_json_answer() -> None:
+    reader = ResponsesReader()
+    response = EVENTS[-1]["response"]
+    deltas = reader.read_json(response)
+    assert reader.envelope is not None
+    events = events_of(deltas, reader.envelope)
+    check_stream(events)
+    assert events[-1]["response"] == response
+    assert reader.feed(EVENTS[0]) == [] and reader.finish() == []
+
+
+@pytest.mark.parametrize("status", ["queued", "in_progress", None])
+def test_a_json_answer_that_has_not_ended(status: str | None) -> None:
+    with pytest.raises(UpstreamTruncated):
+        ResponsesReader().read_json({**ENVELOPE, "status": status})
+
+
+def test_a_json_answer_with_faults() -> None:
+    response = {
+        **ENVELOPE,
+        "status": "completed",
+        "output": [{"type": "message", "content": None}],
+        "completed_at": 5.5,
+    }
+    assert ResponsesReader().read_json(response) == [
+        Accepted(),
+        Open(0, {"type": "message", "content": [], "id": "msg_100"}),
+        Close(0, {"type": "message", "content": [], "id": "msg_100"}),
+        Finish("completed", echo={"service_tier": "auto"}, at=5),
+    ]
+
+
+# Anything at all
+
+junk: st.SearchStrategy[Any] = (
+    st.none() | st.integers(-1, 2) | st.sampled_from(["", "x", "msg_1"]) | st.lists(st.none(), max_size=1)
+)
+Change = Callable[[list[Json]], None]
+
+
+def spoiled(value: Any, path: Sequence[int], by: Any) -> Any:
+    """`value` with `by` somewhere in it: `path` picks keys and positions."""
+    if not path or not value or not isinstance(value, dict | list):
+        return by
+    keys = sorted(value) if isinstance(value, dict) else list(range(len(value)))
+    key = keys[path[0] % len(keys)]
+    copy = value.copy()
+    copy[key] = spoiled(value[key], path[1:], by)
+    return copy
+
+
+@st.composite
+def changes(draw: st.DrawFn) -> Change:
+    what = draw(st.sampled_from(["drop", "repeat", "swap", "spoil", "spoil"]))
+    at, by, path = draw(st.integers(0, 200)), draw(junk), draw(st.lists(st.integers(0, 40), min_size=1, max_size=5))
+
+    def change(events: list[Json]) -> None:
+        number = at % len(events)
+        event = events[number]
+        if what == "drop" and len(events) > 1:
+            del events[number]
+        elif what == "repeat":
+            events.insert(number, event)
+        elif what == "swap":
+            events[number], events[number - 1] = events[number - 1], event
+        elif what == "spoil":
+            events[number] = spoiled(event, path, by)
+
+    return change
+
+
+@settings(max_examples=300)
+@given(st.just(ANSWER) | legal_deltas(), st.lists(changes(), min_size=1, max_size=4))
+def test_whatever_comes_is_legal_or_the_upstreams_fault(deltas: list[Delta], spoil: list[Change]) -> None:
+    events = events_of(deltas)
+    for change in spoil:
+        change(events)
+    try:
+        read_back = read(events)
+    except UpstreamError:
+        return
+    builder = build(read_back)
+    assert builder.ended
+    assert parsed(builder)
