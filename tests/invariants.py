@@ -11,16 +11,16 @@ Json = dict[str, Any]
 
 TERMINAL = ("response.completed", "response.incomplete", "response.failed")
 
-# Event prefix -> (place of the part or "", key of the whole text, prefix of the part's events or "").
+# Event prefix -> place of the part, or "" for a field of the item, and key of the whole text.
 TEXTS = {
-    "response.output_text": ("content", "text", "response.content_part"),
-    "response.refusal": ("content", "refusal", "response.content_part"),
-    "response.reasoning_text": ("content", "text", "response.content_part"),
-    "response.reasoning_summary_text": ("summary", "text", "response.reasoning_summary_part"),
-    "response.function_call_arguments": ("", "arguments", ""),
-    "response.mcp_call_arguments": ("", "arguments", ""),
-    "response.custom_tool_call_input": ("", "input", ""),
-    "response.code_interpreter_call_code": ("", "code", ""),
+    "response.output_text": ("content", "text"),
+    "response.refusal": ("content", "refusal"),
+    "response.reasoning_text": ("content", "text"),
+    "response.reasoning_summary_text": ("summary", "text"),
+    "response.function_call_arguments": ("", "arguments"),
+    "response.mcp_call_arguments": ("", "arguments"),
+    "response.custom_tool_call_input": ("", "input"),
+    "response.code_interpreter_call_code": ("", "code"),
 }
 PART_PLACES = {"response.content_part": "content", "response.reasoning_summary_part": "summary"}
 STREAMED_FIELD = {
@@ -89,8 +89,8 @@ def _check_output(status: str, output: Sequence[Json], items: "_Items", backfill
         assert not left, f"items {left} were added but never done"
         assert len(output) == len(items.items), f"{len(items.items)} items streamed, {len(output)} in the output"
     for index, streamed in enumerate(items.items):
-        final = output[index]
-        assert final["id"] == streamed.skeleton["id"], f"item {index} changed its id in the output"
+        final = output[index] if index < len(output) else {}
+        assert final.get("id") == streamed.skeleton["id"], f"item {index} is not in the output under its id"
         if streamed.final is not None:
             assert _plain(final) == _plain(streamed.final), f"item {index} of the output is not the item that was done"
         elif status == "failed":
@@ -149,7 +149,7 @@ class _Items:
         elif prefix in PART_PLACES:
             self._part(event, PART_PLACES[prefix], end)
         elif prefix in TEXTS:
-            self._text(event, TEXTS[prefix], end)
+            self._text(event, *TEXTS[prefix], end)
         elif name == "response.output_text.annotation.added":
             self._note(event)
         elif "output_index" in event:
@@ -194,8 +194,7 @@ class _Items:
         assert part.get("annotations", []) == run.notes, "a part was done with other annotations than were added"
         run.part_sealed = True
 
-    def _text(self, event: Json, channel: tuple[str, str, str], end: str) -> None:
-        place, field, _ = channel
+    def _text(self, event: Json, place: str, field: str, end: str) -> None:
         run = self._run(event, place)
         assert not run.sealed, f"{event['type']} for text that is done"
         assert run.field == field, f"{event['type']} for a {run.field}"

@@ -17,7 +17,7 @@ def upgrade() -> None:
         "threads",
         sa.Column("id", sa.Text(), nullable=False),
         sa.Column("tenant", sa.Text(), nullable=False),
-        sa.Column("key", sa.Text()),
+        sa.Column("key", sa.Text(), nullable=False),
         sa.Column("active_branch", sa.Text(), nullable=False),
         sa.Column("running", sa.Text()),
         sa.Column("lease_until", sa.Float(), nullable=False),
@@ -38,8 +38,10 @@ def upgrade() -> None:
         sa.Column("head", sa.Integer(), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_branches"),
     )
-    op.create_index("ix_branches_thread_id", "branches", ["thread_id"])
-    op.create_index("ix_branches_parent_branch", "branches", ["parent_branch"])
+    forked = sa.text("parent_branch IS NOT NULL")
+    op.create_index(
+        "ix_branches_parent_branch", "branches", ["parent_branch"], sqlite_where=forked, postgresql_where=forked
+    )
     op.create_table(
         "items",
         sa.Column("branch_id", sa.Text(), nullable=False),
@@ -82,7 +84,6 @@ def upgrade() -> None:
         sa.Column("completed_at", sa.BigInteger()),
         sa.PrimaryKeyConstraint("id", name="pk_responses"),
     )
-    op.create_index("ix_responses_thread_id", "responses", ["thread_id"])
     running = sa.text("status IN ('queued', 'in_progress')")
     op.create_index(
         "ix_responses_running", "responses", ["lease_until"], sqlite_where=running, postgresql_where=running

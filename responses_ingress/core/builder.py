@@ -11,7 +11,7 @@ What must stay true:
 It must not know where deltas come from, who reads the events, or what time it is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from orjson import OPT_NON_STR_KEYS, JSONEncodeError, dumps
@@ -132,23 +132,13 @@ class Builder:
         # What cannot be encoded as deep as it will stand in the terminal event is refused before it can
         # change anything; else that response could never end.
         dumps({"response": {"output": [delta]}}, option=OPT_NON_STR_KEYS)
-        match delta:
-            case Open():
-                self._open(delta)
-            case Part():
-                self._part(delta)
-            case Note():
-                self._note(delta)
-            case Mark():
-                self._mark(delta)
-            case Close():
-                self._close(delta)
-            case Finish():
-                self._finish(delta)
-            case Accepted():
-                self._begin()
-            case Remember():
-                self.memory = delta.state
+        _STEPS[type(delta)](self, delta)
+
+    def _accept(self, delta: Accepted) -> None:
+        self._begin()
+
+    def _remember(self, delta: Remember) -> None:
+        self.memory = delta.state
 
     def _text(self, delta: Text) -> None:
         run = self._runs.get(delta.index)
@@ -216,6 +206,8 @@ class Builder:
         line = self._line(index)
         if item is not None:
             item = _same(index, line.item, item)
+            if item.get("status") == "in_progress":
+                item["status"] = "completed"
             self._complete(index, item)
         self._seal(index)
         self._end(index, item or self._now(index, "completed"))
@@ -321,6 +313,18 @@ class Builder:
         data = dumps({"type": type, "sequence_number": self.number, **fields})
         self._events.append(Event(self.number, type, data))
         self.number += 1
+
+
+_STEPS: Mapping[type[Delta], Callable[[Builder, Any], None]] = {
+    Accepted: Builder._accept,
+    Open: Builder._open,
+    Part: Builder._part,
+    Note: Builder._note,
+    Mark: Builder._mark,
+    Close: Builder._close,
+    Remember: Builder._remember,
+    Finish: Builder._finish,
+}
 
 
 def _identify(index: int, item: Item) -> Item:

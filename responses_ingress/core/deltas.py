@@ -30,7 +30,8 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """An item begins. `item` is its skeleton as clients see it in `output_item.added`."""
+    """An item begins. `item` is its skeleton as clients see it in `output_item.added`. It has a type; the
+    run gives it its id. What its streamed field already holds streams like the rest."""
 
     index: int
     item: Item
@@ -153,10 +154,9 @@ def _row(delta: Delta) -> list[Any]:
             return ["c", index, final]
         case Remember(state):
             return ["r", state]
-        case Finish(status, reason, error, usage, items, echo, at):
-            # Pairs, because the keys of a JSON object are strings and these are numbers.
-            pairs = None if items is None else list(items.items())
-            return ["f", status, reason, error, usage, pairs, echo, at]
+    # Pairs, because the keys of a JSON object are strings and these are numbers.
+    items = None if delta.items is None else list(delta.items.items())
+    return ["f", delta.status, delta.reason, delta.error, delta.usage, items, delta.echo, delta.at]
 
 
 def decode(payload: bytes) -> list[Delta]:
@@ -172,8 +172,8 @@ def decode(payload: bytes) -> list[Delta]:
 
 
 def _finish(status: Status, reason: str | None, error: Any, usage: Any, *rest: Any) -> Finish:
-    pairs, echo, at = rest
-    return Finish(status, reason, error, usage, None if pairs is None else dict(pairs), echo, at)
+    items, echo, at = rest
+    return Finish(status, reason, error, usage, None if items is None else dict(items), echo, at)
 
 
 _MADE_BY: Mapping[str, Callable[..., Delta]] = {

@@ -71,6 +71,8 @@ class ResponsesReader:
         """A whole answer."""
         if ended_as(response) is None:
             raise UpstreamTruncated("The upstream answered with a response that has not ended.")
+        if not isinstance(response.get("output"), list):
+            raise UpstreamInvalid("The upstream answered with a response without output.")
         self._see(response)
         self._ended = True
         return deltas_of_response(self._whole(response, str(response["status"])))
@@ -123,13 +125,13 @@ class ResponsesReader:
     def _pair(self, output: Sequence[Item]) -> list[tuple[Slot | None, Item]]:
         """Each final item with its slot: by id, or as the next of its type, since ids may have changed."""
         named = {item["id"] for item in output}
-        free = [slot for slot in self._slots if slot.item["id"] not in named]
+        free = list(self._slots)
         pairs: list[tuple[Slot | None, Item]] = []
         for item in output:
-            slot = self._by_id.get(item["id"])
-            if slot is None:
-                slot = next((other for other in free if other.item["type"] == item["type"]), None)
-                free = [other for other in free if other is not slot]
+            alike = [slot for slot in free if slot.item["type"] == item["type"]]
+            same = [slot for slot in alike if slot.item["id"] == item["id"]]
+            slot = next(iter(same or [slot for slot in alike if slot.item["id"] not in named]), None)
+            free = [other for other in free if other is not slot]
             pairs.append((slot, item))
         return pairs
 
@@ -152,8 +154,6 @@ class ResponsesReader:
     def _whole(self, response: Mapping[str, Any], status: str) -> dict[str, Any]:
         """`response` as one that ended with `status`, made sound."""
         output, at, error = response.get("output"), response.get("completed_at"), response.get("error")
-        if not isinstance(output, list):
-            raise UpstreamInvalid("The upstream's final response has no output.")
         details = response.get("incomplete_details")
         details = details if isinstance(details, dict) and isinstance(details.get("reason"), str) else None
         if status == "incomplete" and not details:
@@ -161,7 +161,7 @@ class ResponsesReader:
         return {
             **response,
             "status": status,
-            "output": [self._sound(index, item) for index, item in enumerate(output)],
+            "output": [self._sound(*numbered) for numbered in enumerate(output if isinstance(output, list) else ())],
             "error": _error_of(error) if status == "failed" else None,
             "incomplete_details": details,
             "completed_at": int(at) if isinstance(at, int | float) else None,

@@ -18,7 +18,7 @@ class Feed:
         self.events: list[Event] = []
         self.ended = False
         self._followers: set[Follower] = set()
-        self._on_deserted = on_deserted
+        self._on_deserted: Callable[[], None] | None = on_deserted
 
     @property
     def followed(self) -> bool:
@@ -31,6 +31,7 @@ class Feed:
     def end(self) -> None:
         """No event will follow."""
         self.ended = True
+        self._on_deserted = None
         self._wake_all()
 
     def follow(self) -> "Follower":
@@ -40,7 +41,7 @@ class Feed:
 
     def leave(self, follower: "Follower") -> None:
         self._followers.discard(follower)
-        if not self._followers and not self.ended:
+        if not self._followers and self._on_deserted is not None:
             self._on_deserted()
 
     def _wake_all(self) -> None:

@@ -70,7 +70,7 @@ def _alone(ids: Ids, request: Request, caller: Caller, given: Sequence[Item]) ->
     if not request.store:
         return Resolved(thread_id, None, (), given)
     branch = ids.branch(partition)
-    placement = Placement(caller.tenant, thread_id, None, branch, 0, 0, branch, new_thread=True)
+    placement = Placement(caller.tenant, thread_id, None, branch, 0, 0, branch)
     return _resolved(ids, placement, (), given)
 
 
@@ -106,7 +106,7 @@ async def _session(connection: AsyncConnection, ids: Ids, caller: Caller) -> tup
     branch = ids.branch(partition_of(thread_id))
     head = await find_thread(connection, caller.tenant, thread_id)
     if head is None:
-        return Placement(caller.tenant, thread_id, key, branch, 0, 0, branch, new_thread=True, exclusive=True), None
+        return Placement(caller.tenant, thread_id, key, branch, 0, 0, branch, exclusive=True), None
     placement = Placement(
         caller.tenant,
         thread_id,
@@ -142,7 +142,7 @@ async def _carried(
 
     A thread that codex forked from another one begins on that one's branch.
     """
-    if placement.new_thread and caller.forked_from is not None:
+    if placement.seen is None and caller.forked_from is not None:
         parent = await find_thread(connection, caller.tenant, named_thread(caller.tenant, caller.forked_from))
         if parent is not None:
             placement = replace(placement, branch_id=parent.active_branch, position=parent.head)
@@ -150,7 +150,7 @@ async def _carried(
     stored = await read_digests(connection, placement.branch_id, placement.position)
     position, tail = align(stored, digests)
     if position == 0:
-        branch = placement.new_branch if placement.new_thread else placement.branch_id
+        branch = placement.new_branch if placement.seen is None else placement.branch_id
         placement = replace(placement, branch_id=branch)
     placement = replace(placement, position=position, first=0)
     return _resolved(ids, placement, given[:tail], given[tail:], digests[tail:])

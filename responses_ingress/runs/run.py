@@ -260,6 +260,7 @@ class Run:
             incomplete=details["reason"] if details else None,
             completed_at=response["completed_at"],
             memory=self._memory,
+            journaled=self._written > 0,
         )
 
     async def _fail(self, error: IngressError) -> None:

@@ -143,17 +143,14 @@ async def delete_response(connection: AsyncConnection, tenant: str, response_id:
 
 
 async def _built_upon(connection: AsyncConnection, row: StoredResponse) -> bool:
-    """Whether anything relies on the items this response added: later items, a fork, another response."""
+    """Whether anything relies on the items this response added: later items, a fork, a running response."""
     later_items = exists().where(branches.c.id == row.branch_id, branches.c.head > row.stop)
     forks = exists().where(branches.c.parent_branch == row.branch_id, branches.c.parent_position > row.own)
-    others = exists().where(
-        responses.c.thread_id == row.thread_id, responses.c.branch_id == row.branch_id, responses.c.stop > row.own
-    )
     running = exists().where(
         responses.c.status.in_(RUNNING),
         or_(responses.c.thread_id == row.thread_id, responses.c.previous_response_id == row.id),
     )
-    found: Row[Any] = (await connection.execute(select(or_(later_items, forks, others, running)))).one()
+    found: Row[Any] = (await connection.execute(select(or_(later_items, forks, running)))).one()
     return bool(found[0])
 
 

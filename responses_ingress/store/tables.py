@@ -29,12 +29,14 @@ metadata = MetaData(
     }
 )
 
+# Only threads that a client names have a row. A chain of responses that began without a name has its
+# branches, whose ids begin with the thread's partition, and needs no more.
 threads = Table(
     "threads",
     metadata,
     Column("id", Text, primary_key=True),
     Column("tenant", Text, nullable=False),
-    Column("key", Text),  # what the client calls it: a session header's value; null for a chain of responses
+    Column("key", Text, nullable=False),  # what the client calls it: a session header's value
     Column("active_branch", Text, nullable=False),
     Column("running", Text),  # the response that has the thread's one turn
     Column("lease_until", Float, nullable=False),
@@ -50,10 +52,16 @@ branches = Table(
     metadata,
     Column("id", Text, primary_key=True),
     Column("tenant", Text, nullable=False),
-    Column("thread_id", Text, nullable=False, index=True),
-    Column("parent_branch", Text, index=True),
+    Column("thread_id", Text, nullable=False),
+    Column("parent_branch", Text),
     Column("parent_position", Integer, nullable=False),
     Column("head", Integer, nullable=False),  # the position the next item gets
+)
+Index(
+    "ix_branches_parent_branch",
+    branches.c.parent_branch,
+    sqlite_where=branches.c.parent_branch.is_not(None),
+    postgresql_where=branches.c.parent_branch.is_not(None),
 )
 
 items = Table(
@@ -73,7 +81,7 @@ responses = Table(
     metadata,
     Column("id", Text, primary_key=True),
     Column("tenant", Text, nullable=False),
-    Column("thread_id", Text, nullable=False, index=True),
+    Column("thread_id", Text, nullable=False),
     Column("branch_id", Text),  # set when its items are on a branch
     Column("first", Integer, nullable=False),  # position of its first input item,
     Column("own", Integer, nullable=False),  # of the first item it added,

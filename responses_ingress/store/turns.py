@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import bindparam, delete, insert, text, update
+from sqlalchemy import bindparam, delete, null, text, update
 
 from responses_ingress.errors import PlacementOutdated, StaleWriter, ThreadBusy
 from responses_ingress.store.tables import items, journal, responses, threads
-from responses_ingress.store.writer import Batch, Branch, Thread, Unit
+from responses_ingress.store.writer import Batch, Branch, Thread, Unit, insert_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,8 @@ class Placement:
     branch_id, position: what it continues: the branch (maybe another thread's) up to a position.
     first:       the position of its first input item; below `position` where the client sent history.
     new_branch:  the id for a branch, should it need one of its own.
-    exclusive:   it needs the thread's one running turn. `seen` is then the thread's active branch and
-                 its head as they were read, or None where there was no such thread.
+    exclusive:   the thread is a session, and this needs its one running turn. `seen` is then its active
+                 branch and that branch's head as they were read, or None where it did not exist.
     """
 
     tenant: str
@@ -35,7 +35,6 @@ class Placement:
     position: int
     first: int
     new_branch: str
-    new_thread: bool = False
     exclusive: bool = False
     seen: tuple[str, int] | None = None
 
@@ -79,7 +78,8 @@ class NewResponse:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a response ended. `input` and `output` are its items, for the branch and for its own row."""
+    """How a response ended. `input` and `output` are its items, for the branch or for its own row;
+    `journaled` says whether it has left anything in the journal."""
 
     status: str
     envelope: bytes
@@ -90,16 +90,37 @@ class Ending:
     incomplete: str | None = None
     completed_at: int | None = None
     memory: bytes | None = None
+    journaled: bool = True
 
     @property
     def moves_branch(self) -> bool:
         return self.status in ("completed", "incomplete")
 
 
-_INSERT_THREAD = insert(threads)
-_INSERT_RESPONSE = insert(responses)
-_INSERT_ITEM = insert(items)
-_INSERT_JOURNAL = insert(journal)
+_INSERT_THREAD = insert_of(threads)
+_INSERT_RESPONSE = insert_of(
+    responses,
+    "id",
+    "tenant",
+    "thread_id",
+    "first",
+    "own",
+    "previous_response_id",
+    "status",
+    "model",
+    "backend",
+    "background",
+    "store",
+    "envelope",
+    "preamble",
+    "input",
+    "owner",
+    "lease_until",
+    "epoch",
+    "created_at",
+)
+_INSERT_ITEM = insert_of(items)
+_INSERT_JOURNAL = insert_of(journal)
 _INSERT_PREAMBLE = text(
     "INSERT INTO preambles (tenant, digest, payload) VALUES (:tenant, :digest, :payload) ON CONFLICT DO NOTHING"
 )
@@ -115,8 +136,8 @@ _END_RESPONSE = (
     update(responses)
     .where(responses.c.id == bindparam("response"))
     .values(
-        owner=None,
-        lease_until=None,
+        owner=null(),
+        lease_until=null(),
         completed_at=bindparam("end_completed_at"),
         **{column: bindparam(f"end_{column}") for column in _ENDING},
     )
@@ -131,11 +152,10 @@ def begin(new: NewResponse, placement: Placement, owner: Owner) -> Unit[None]:
     """
 
     def apply(batch: Batch) -> None:
-        thread = batch.threads.get(placement.thread_id)
-        if thread is None and placement.new_thread:
-            _add_thread(batch, new, placement, owner)
-        elif placement.exclusive:
-            _take_thread(batch, thread, new.id, placement, owner)
+        if placement.exclusive:
+            _take_thread(batch, new, placement, owner)
+        elif placement.branch_id == placement.new_branch:
+            batch.add_branch(Branch(placement.new_branch, placement.thread_id, 0), placement.tenant)
         if new.preamble is not None:
             digest, payload = new.preamble
             batch.add(_INSERT_PREAMBLE, tenant=placement.tenant, digest=digest, payload=payload)
@@ -146,10 +166,26 @@ def begin(new: NewResponse, placement: Placement, owner: Owner) -> Unit[None]:
     return Unit(apply, threads=(placement.thread_id,), branches=placement.seen[:1] if placement.seen else ())
 
 
+def _take_thread(batch: Batch, new: NewResponse, placement: Placement, owner: Owner) -> None:
+    """Give the thread's one running turn to this response."""
+    thread = batch.threads.get(placement.thread_id)
+    if thread is None:
+        if placement.seen is not None:
+            raise PlacementOutdated
+        _add_thread(batch, new, placement, owner)
+        return
+    if thread.running is not None and thread.lease_until > batch.now:
+        raise ThreadBusy(thread.running)
+    branch = batch.branches.get(thread.active_branch)
+    if branch is None or placement.seen != (branch.id, branch.head):
+        raise PlacementOutdated
+    thread.running, thread.lease_until = new.id, batch.now + owner.lease
+    batch.set_thread(thread)
+
+
 def _add_thread(batch: Batch, new: NewResponse, placement: Placement, owner: Owner) -> None:
-    thread = Thread(placement.thread_id, placement.tenant, placement.new_branch, None, 0.0)
-    if placement.exclusive:
-        thread.running, thread.lease_until = new.id, batch.now + owner.lease
+    lease_until = batch.now + owner.lease
+    thread = Thread(placement.thread_id, placement.tenant, placement.new_branch, new.id, lease_until)
     batch.add(
         _INSERT_THREAD,
         id=thread.id,
@@ -157,31 +193,15 @@ def _add_thread(batch: Batch, new: NewResponse, placement: Placement, owner: Own
         key=placement.thread_key,
         active_branch=thread.active_branch,
         running=thread.running,
-        lease_until=thread.lease_until,
+        lease_until=lease_until,
         lineage=new.lineage,
         memory=None,
         created_at=new.created_at,
         updated_at=new.created_at,
     )
     batch.threads[thread.id] = thread
-    if placement.branch_id == placement.new_branch:
-        batch.add_branch(Branch(placement.new_branch, thread.id, 0), placement.tenant)
-    else:
-        batch.add_branch(
-            Branch(placement.new_branch, thread.id, placement.position), placement.tenant, placement.branch_id
-        )
-
-
-def _take_thread(batch: Batch, thread: Thread | None, response_id: str, placement: Placement, owner: Owner) -> None:
-    if thread is None:
-        raise PlacementOutdated
-    if thread.running is not None and thread.lease_until > batch.now:
-        raise ThreadBusy(thread.running)
-    branch = batch.branches.get(thread.active_branch)
-    if branch is None or placement.seen != (branch.id, branch.head):
-        raise PlacementOutdated
-    thread.running, thread.lease_until = response_id, batch.now + owner.lease
-    batch.set_thread(thread)
+    parent = None if placement.branch_id == placement.new_branch else placement.branch_id
+    batch.add_branch(Branch(placement.new_branch, thread.id, placement.position), placement.tenant, parent)
 
 
 def _add_response(batch: Batch, new: NewResponse, placement: Placement, owner: Owner) -> None:
@@ -231,9 +251,10 @@ def end(response_id: str, owner: Owner, placement: Placement, ending: Ending, st
             branch_id = _append_items(batch, placement, ending)
         if placement.exclusive:
             _release_thread(batch, response_id, placement, branch_id)
-        if ending.memory is not None:
+        if ending.memory is not None and placement.exclusive:
             batch.add(_REMEMBER, thread=placement.thread_id, new_memory=ending.memory)
-        batch.add(_DELETE_JOURNAL, response=response_id)
+        if ending.journaled:
+            batch.add(_DELETE_JOURNAL, response=response_id)
         if store:
             batch.add(_END_RESPONSE, **_end_row(response_id, placement, ending, branch_id))
         else:

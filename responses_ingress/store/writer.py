@@ -14,10 +14,11 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
-from sqlalchemy import Executable, Row, Table, bindparam, insert, select, update
+from sqlalchemy import Executable, Insert, Row, Table, bindparam, insert, select, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -102,7 +103,12 @@ class Batch:
         )
 
 
-_INSERT_BRANCH = insert(branches)
+def insert_of(table: Table, *columns: str) -> Insert:
+    """An insert that gives just these columns."""
+    return insert(table).values({name: bindparam(name) for name in columns or table.c.keys()})
+
+
+_INSERT_BRANCH = insert_of(branches)
 _MOVE_HEAD = update(branches).where(branches.c.id == bindparam("branch")).values(head=bindparam("new_head"))
 _SET_THREAD = (
     update(threads)
@@ -130,11 +136,15 @@ class Unit(Generic[T]):
     patient: bool = False
 
 
-@dataclass(slots=True)
 class _Pending(Generic[T]):
-    unit: Unit[T]
-    tries: int = 0
-    done: asyncio.Future[T] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    """A unit on its way, and who waits for it."""
+
+    __slots__ = ("done", "tries", "unit")
+
+    def __init__(self, unit: Unit[T], loop: asyncio.AbstractEventLoop) -> None:
+        self.unit = unit
+        self.tries = 0
+        self.done: asyncio.Future[T] = loop.create_future()
 
     def fail(self, error: Exception) -> None:
         if not self.done.done():
@@ -161,17 +171,19 @@ class Writer:
     """The writer of one process. `submit` from the loop it runs in; `close` when all is submitted."""
 
     def __init__(self, engine: AsyncEngine, clock: Clock) -> None:
+        self._loop = asyncio.get_running_loop()
         self._engine = engine
         self._clock = clock
         self._pending: list[_Pending[Any]] = []
         self._wake = asyncio.Event()
         self._closing = False
+        self._statements: dict[Executable, tuple[str, Callable[[dict[str, Any]], Any]]] = {}
         self._task = asyncio.create_task(self._run(), name="store-writer")
 
     def submit(self, unit: Unit[T]) -> asyncio.Future[T]:
         """Commit `unit` with whatever else is pending. The future raises what the unit raised, or
         `StoreUnavailable`; cancelling it does not take the unit back."""
-        pending = _Pending(unit)
+        pending = _Pending(unit, self._loop)
         if self._closing:
             pending.fail(StoreUnavailable("The server is shutting down.", retry_after=1))
         else:
@@ -236,8 +248,20 @@ class Writer:
             batch = await self._read_facts(connection, [one.unit for one in pending])
             results = [_apply(one.unit, batch) for one in pending]
             for statement in sorted(batch.rows, key=_rank):
-                await connection.execute(statement, batch.rows[statement])
+                sql, pick = self._compiled(statement)
+                await connection.exec_driver_sql(sql, [pick(row) for row in batch.rows[statement]])
         return results
+
+    def _compiled(self, statement: Executable) -> tuple[str, Callable[[dict[str, Any]], Any]]:
+        """The statement in the driver's words, and what puts a row's values into its order. Compiled once:
+        SQLAlchemy's own handling of each row costs as much as writing it."""
+        known = self._statements.get(statement)
+        if known is None:
+            compiled = statement.compile(dialect=self._engine.dialect)
+            names = list(compiled.positiontup)
+            pick = itemgetter(*names) if len(names) > 1 else lambda row: (row[names[0]],)
+            known = self._statements[statement] = (str(compiled), pick)
+        return known
 
     async def _read_facts(self, connection: AsyncConnection, units: Sequence[Unit[Any]]) -> Batch:
         batch = Batch(self._clock())

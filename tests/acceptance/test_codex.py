@@ -16,6 +16,8 @@ from tests.history import branches, brief, history, responses, stored_items, thr
 from tests.server import ServerProcess, running
 from tests.upstream import Answer, Received, Reply, Say, Stream, Upstream, call_chunks, chunk, usage
 
+pytestmark = pytest.mark.timeout(60, func_only=True)  # fetching codex may take longer, once
+
 NEWEST = VERSIONS[0]
 ECHO_HI = {"cmd": "echo hi"}
 

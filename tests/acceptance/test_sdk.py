@@ -438,6 +438,7 @@ def _install_sdk1(target: Path) -> None:
     fetch(str(target / "bin" / "python"), "-m", "pip", "install", "--quiet", f"openai=={SDK1}")
 
 
+@pytest.mark.timeout(60, func_only=True)  # fetching it may take longer, once
 async def test_sdk_1(sdk1: Path, chat: str, upstream: Upstream) -> None:
     """What each step of `sdk1_script` prints, with the answers it is given here."""
     upstream.script(

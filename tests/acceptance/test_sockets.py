@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from responses_ingress.settings import Settings
-from tests.history import stored_items, threads
+from tests.history import branches, brief, history, stored_items, threads
 from tests.invariants import check_stream
 from tests.server import running
 from tests.upstream import Drop, Reply, Say, Stream, Upstream, chunk, completion
@@ -429,3 +429,68 @@ async def test_stored_once_though_seen_by_all(wire: Wire, upstream: Upstream, da
         previous = {"previous_response_id": answer.json["id"]}
     assert len(stored_items(database)) == 10
     assert len(upstream.calls[-1].json["messages"]) == 9
+
+
+# Sessions by header, of clients that send only what is new and of those that send all of it.
+
+
+async def say(url: str, session: str, given: Any, **fields: Any) -> dict[str, Any]:
+    """One turn of a session, on a connection of its own."""
+    async with Wire(url) as wire:
+        answer = await wire.post({**ASK, "input": given, **fields}, {"session-id": session})
+    assert answer.status == 200, answer
+    response: dict[str, Any] = answer.json
+    return response
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def sent_upstream(upstream: Upstream) -> list[str]:
+    return [message["content"] for message in upstream.calls[-1].json["messages"]]
+
+
+async def test_session_remembers(url: str, upstream: Upstream, database: Path) -> None:
+    upstream.script(Say("One."), Say("Other."), Say("Two."))
+    await say(url, "a", "one?")
+    await say(url, "b", "other?")
+    await say(url, "a", "two?")
+    assert sent_upstream(upstream) == ["one?", "One.", "two?"]
+    assert brief(history(database, "b")) == [("user", "other?"), ("assistant", "Other.")]
+
+
+async def test_turns_of_a_session_wait_for_each_other(url: str, upstream: Upstream) -> None:
+    hold = asyncio.Event()
+    upstream.script(Reply(completion(Say("One.")), hold=hold), Say("Other."), Say("Two."))
+    first = asyncio.create_task(say(url, "a", "one?"))
+    await upstream.called(1)
+    second = asyncio.create_task(say(url, "a", "two?"))
+    third = asyncio.create_task(say(url, "b", "another session?"))
+    assert (await third)["status"] == "completed"
+    assert not second.done()
+    hold.set()
+    assert (await first)["status"] == (await second)["status"] == "completed"
+    assert sent_upstream(upstream) == ["one?", "One.", "two?"]
+
+
+async def test_session_of_a_client_that_sends_its_history(url: str, upstream: Upstream, database: Path) -> None:
+    """What it sends again is not stored again; where it has rewritten history, a new branch begins."""
+    upstream.script(*(Say(f"Answer {turn}.") for turn in range(4)))
+    said: list[Any] = []
+    for turn in range(3):
+        said.append(user(f"question {turn}"))
+        said += (await say(url, "a", said, store=False))["output"]
+    assert len(stored_items(database)) == 6
+    assert brief(history(database, "a")) == brief([{"type": "message", **item} for item in said])
+
+    rewritten = [*said[:3], user("another question")]
+    await say(url, "a", rewritten, store=False)
+    assert sent_upstream(upstream) == ["question 0", "Answer 0.", "question 1", "another question"]
+    assert brief(history(database, "a"))[2:] == [
+        ("user", "question 1"),
+        ("user", "another question"),
+        ("assistant", "Answer 3."),
+    ]
+    assert len(branches(database, "a")) == 2
+    assert len(stored_items(database)) == 8

@@ -224,6 +224,12 @@ def test_logprobs() -> None:
     assert events[8]["item"]["content"][0]["logprobs"] == [one, two]
 
 
+def test_logprobs_of_text_that_has_none_are_left_out() -> None:
+    events = events_of([Open(0, call()), Text(0, "{}", [{"token": "{}"}]), Close(0), DONE])
+    check_stream(events)
+    assert "logprobs" not in events[3] and "logprobs" not in events[4]
+
+
 def test_a_part_without_logprobs_stays_without() -> None:
     bare = {"type": "output_text", "annotations": [], "text": ""}
     events = events_of(
@@ -286,6 +292,12 @@ def test_the_final_item_of_a_backend_counts_but_for_its_id() -> None:
     check_stream(events)
     assert events[3]["item"] == {**final, "id": "ws_1"}
     assert events[4]["response"]["output"] == [{**final, "id": "ws_1"}]
+
+
+def test_an_item_that_is_done_is_not_in_progress() -> None:
+    events = events_of([Open(0, search_call()), Close(0, search_call()), DONE])
+    check_stream(events)
+    assert events[3]["item"]["status"] == "completed"
 
 
 def test_an_item_without_status_gets_none() -> None:

@@ -38,7 +38,7 @@ OUTPUT: list[Item] = [
     {**reasoning("rs_2"), "content": [{"type": "reasoning_text", "text": "raw"}]},
     {**search_call(), "status": "completed"},
     {**mcp_call(), "status": "failed", "arguments": "{}", "error": {"type": "x"}},
-    {**message(), "status": "completed", "content": [CITED, {"type": "refusal", "refusal": "no"}]},
+    {**message(), "status": "completed", "content": [CITED, {"type": "refusal", "refusal": ""}]},
     {**call(), "status": "completed", "arguments": '{"a":1}'},
     {"id": "cmp_1", "type": "compaction", "encrypted_content": "e"},
 ]

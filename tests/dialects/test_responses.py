@@ -1,6 +1,7 @@
 """The reader of the Responses dialect: what a provider's stream becomes, also when it is a faulty one."""
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -183,6 +184,24 @@ def test_a_kind_of_event_that_never_comes(name: str) -> None:
     assert events[-1]["response"]["output"] == OUTPUT
 
 
+@pytest.mark.parametrize("part", ["content_part.added", "content_part.done"])
+def test_text_and_annotations_that_only_the_final_item_has(part: str) -> None:
+    events = EVENTS
+    for name in ("annotation.added", "content_part.done", "output_text.done", "output_text.delta", part):
+        events = without(name, events)
+    assert rebuilt(events)[-1]["response"]["output"] == OUTPUT
+
+
+@pytest.mark.parametrize(
+    "part", ["text", None, {"type": "output_text", "text": 5}, {"type": "refusal", "annotations": 5}]
+)
+def test_parts_that_cannot_stream_stay_as_they_are(part: Any) -> None:
+    item = {**message(), "status": "completed", "content": [part]}
+    final = {**ENVELOPE, "status": "completed", "output": [item]}
+    deltas = ResponsesReader().read_json(final)
+    assert deltas[1:3] == [Open(0, {**message(), "content": [part]}), Close(0, item)]
+
+
 @pytest.mark.parametrize("name", ["output_item.added", "output_item.done"])
 def test_items_that_are_never_announced_or_never_done(name: str) -> None:
     events = rebuilt(without(name))
@@ -205,8 +224,9 @@ def test_only_a_final_response() -> None:
     assert [event["delta"] for event in events if event["type"].endswith("delta")] == ["think", "Hello", '{"a":1}']
 
 
-def test_a_final_response_without_output_keeps_what_streamed() -> None:
-    final = {**EVENTS[-1], "response": {**EVENTS[-1]["response"], "output": []}}
+@pytest.mark.parametrize("output", [[], None])
+def test_a_final_response_without_output_keeps_what_streamed(output: Any) -> None:
+    final = {**EVENTS[-1], "response": {**EVENTS[-1]["response"], "output": output}}
     assert rebuilt([*EVENTS[:-1], final])[-1]["response"]["output"] == OUTPUT
     assert rebuilt([*without("output_item.done")[:-1], final])[-1]["response"]["output"][2:] == OUTPUT[2:]
 
@@ -221,6 +241,14 @@ def test_ids_that_change_under_way() -> None:
         return event
 
     assert rebuilt([renamed(event) for event in EVENTS]) == EVENTS
+
+
+def test_one_id_for_all_items() -> None:
+    events = [{**event, "item_id": "x"} if "item_id" in event else event for event in deepcopy(EVENTS)]
+    for item in [*(event["item"] for event in events if "item" in event), *events[-1]["response"]["output"]]:
+        item["id"] = "x"
+    output = rebuilt(events)[-1]["response"]["output"]
+    assert [{**item, "id": before["id"]} for item, before in zip(output, OUTPUT, strict=True)] == OUTPUT
 
 
 def test_no_ids() -> None:
@@ -306,8 +334,23 @@ def test_a_part_that_does_not_stream() -> None:
 
 
 def test_text_for_what_is_over_is_dropped() -> None:
-    late = [event for event in EVENTS if event["type"].endswith("delta")]
+    late = [event for event in EVENTS if event["type"].endswith(("delta", "annotation.added"))]
     assert rebuilt([*EVENTS[:-1], *late, EVENTS[-1]]) == EVENTS
+
+
+def test_text_for_a_part_that_is_behind_is_dropped() -> None:
+    first: list[Delta] = [Open(0, reasoning()), Part(0, "summary_text"), Text(0, "a")]
+    events = events_of([*first, Part(0, "summary_text"), Text(0, "b"), Close(0), DONE])
+    at = next(number for number, event in enumerate(events) if event.get("delta") == "b")
+    assert rebuilt([*events[:at], events[4], *events[at:]]) == events
+
+
+def test_text_that_a_phase_has_ended_is_not_said_again() -> None:
+    events = events_of(
+        [Open(0, message()), Part(0, "output_text"), Text(0, "a"), Mark(0, "response.message.over"), Close(0), DONE]
+    )
+    assert rebuilt(events) == events
+    assert rebuilt([*events[:-2], events[4], *events[-2:]]) == events
 
 
 def test_code_after_its_phase_is_dropped() -> None:
@@ -407,7 +450,6 @@ def test_a_stream_without_its_end_is_truncated(count: int) -> None:
         {"type": 5},
         {"type": "response.created"},
         {"type": "response.completed"},
-        {"type": "response.completed", "response": {"id": "r"}},
         {"type": "response.completed", "response": {"id": "r", "output": [{"id": "x"}]}},
         {"type": "response.output_item.added"},
         {"type": "response.output_item.added", "item": {"id": "x"}},
@@ -440,6 +482,12 @@ def test_a_json_answer() -> None:
 def test_a_json_answer_that_has_not_ended(status: str | None) -> None:
     with pytest.raises(UpstreamTruncated):
         ResponsesReader().read_json({**ENVELOPE, "status": status})
+
+
+@pytest.mark.parametrize("output", [None, {}, "text"])
+def test_a_json_answer_without_output(output: Any) -> None:
+    with pytest.raises(UpstreamInvalid):
+        ResponsesReader().read_json({**ENVELOPE, "status": "completed", "output": output})
 
 
 def test_a_json_answer_with_faults() -> None:

@@ -1,0 +1,159 @@
+"""A runner over a real database with a scripted backend, and what tests of it look at.
+
+What the database holds is read with plain sqlite3 over a connection of its own: what that finds is
+committed.
+"""
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, closing, contextmanager
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import orjson
+from sqlalchemy import make_url
+
+from responses_ingress.backends.base import Route
+from responses_ingress.core.builder import Event
+from responses_ingress.core.request import Caller, parse_request
+from responses_ingress.ids import Ids
+from responses_ingress.runs.feed import Follower
+from responses_ingress.runs.metrics import Metrics
+from responses_ingress.runs.run import Run
+from responses_ingress.runs.runner import Limits, Runner
+from responses_ingress.store.database import Database
+from responses_ingress.testing import ManualClock, ScriptedBackend, Step
+
+Json = dict[str, Any]
+SESSION = Caller(thread_key="a session")
+_POLL = 0.005
+
+
+@dataclass(slots=True)
+class Stage:
+    """One process's worth: its clock, its backend and its runner, over the database at `url`."""
+
+    url: str
+    clock: ManualClock
+    ids: Ids
+    database: Database
+    backend: ScriptedBackend
+    metrics: Metrics
+    runner: Runner
+
+    async def create(self, text: str = "hi", caller: Caller | None = None, **fields: Any) -> Run:
+        """Begin a response to `text`."""
+        body = {"model": "scripted-model", "input": text, "stream": True, **fields}
+        return await self.runner.create(parse_request(body), caller or Caller())
+
+    async def play(self, *steps: Step, caller: Caller | None = None, **fields: Any) -> Run:
+        """Begin a response whose turn plays `steps`."""
+        self.backend.script(steps)
+        return await self.create(caller=caller, **fields)
+
+    def rows(self, query: str, *values: Any) -> list[Json]:
+        """What a stranger finds in the database now."""
+        with closing(connect(self.url)) as connection:
+            connection.row_factory = sqlite3.Row
+            return [dict(row) for row in connection.execute(query, values)]
+
+    def row(self, response_id: str) -> Json:
+        """The row of a response."""
+        (row,) = self.rows("SELECT * FROM responses WHERE id = ?", response_id)
+        return row
+
+    def thread(self, key: str = "a session") -> Json:
+        """The row of a session."""
+        (row,) = self.rows("SELECT * FROM threads WHERE key = ?", key)
+        return row
+
+    def journal(self, response_id: str) -> list[Json]:
+        return self.rows("SELECT * FROM journal WHERE response_id = ? ORDER BY first", response_id)
+
+
+@asynccontextmanager
+async def staged(
+    url: str,
+    limits: Limits | None = None,
+    *,
+    clock: ManualClock | None = None,
+    seed: int = 1,
+    routes: Callable[[ScriptedBackend], Sequence[Route]] | None = None,
+    grace: float = 0,
+) -> AsyncIterator[Stage]:
+    """A process on the database at `url`. Two at a time need different seeds; `grace` is for its close."""
+    clock = clock or ManualClock()
+    ids = Ids(clock, Random(seed).randbytes)
+    backend = ScriptedBackend()
+    database = Database(url, clock)
+    metrics = Metrics()
+    found = routes(backend) if routes else [Route("*", backend)]
+    runner = Runner(database, found, limits or Limits(), metrics, ids)
+    try:
+        yield Stage(url, clock, ids, database, backend, metrics, runner)
+    finally:
+        await runner.close(grace)
+        await database.close()
+
+
+def connect(url: str) -> sqlite3.Connection:
+    """A connection that shares nothing with the server, and waits for nobody."""
+    return sqlite3.connect(make_url(url).database or "", isolation_level=None, timeout=0)
+
+
+@contextmanager
+def locked(url: str) -> Iterator[None]:
+    """Another writer has the database: nothing can be committed meanwhile."""
+    with closing(connect(url)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield
+        connection.execute("ROLLBACK")
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for a state that nobody announces."""
+    while not condition():
+        await asyncio.sleep(_POLL)
+
+
+async def loop_turns() -> None:
+    """Let everything that is ready to run do so, and what that makes ready."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def parsed(events: Sequence[Event]) -> list[Json]:
+    return [orjson.loads(event.data) for event in events]
+
+
+def types(run: Run) -> list[str]:
+    """The types of the events that anyone could have seen by now."""
+    return [event.type for event in run.feed.events]
+
+
+async def events_of(run: Run) -> list[Json]:
+    """All events of a run, when it has ended."""
+    await run.ended
+    return parsed(run.feed.events)
+
+
+async def read_until(follower: Follower, type: str) -> list[Json]:
+    """Read on until an event of this type is there; gives what was read."""
+    events: list[Json] = []
+    while not any(event["type"] == type for event in events):
+        assert not follower.done, f"no {type}, but {[event['type'] for event in events]}"
+        events += parsed(await follower.next(1))
+    return events
+
+
+async def taken(run: Run, text: str) -> None:
+    """Wait until the run has taken from its backend what makes its output read `text`."""
+    await until(lambda: output_text(run.response()) == text)
+
+
+def output_text(response: Json) -> str:
+    """All text of a response's messages."""
+    parts = [part for item in response["output"] for part in item.get("content") or ()]
+    return "".join(part["text"] for part in parts)
