@@ -74,7 +74,7 @@ def _make_backend(name: str, given: configuration.Upstream) -> Backend:
         return EchoBackend()
     upstream = Upstream(
         name=name,
-        url=given.url or "",
+        url=(given.url or "").rstrip("/"),
         key=given.api_key,
         pass_bearer=given.pass_bearer,
         headers=given.headers,

@@ -48,10 +48,10 @@ class ChatBackend:
         try:
             if answer.status >= 400:
                 raise read_error(answer.status, await answer.read_error(), answer.retry_after)
-            yield [Accepted()]
             if not answer.is_stream:
-                yield reader.read_json(parse_json(self._upstream, await answer.read()))
+                yield [Accepted(), *reader.read_json(parse_json(self._upstream, await answer.read()))]
                 return
+            yield [Accepted()]
             async with aclosing(self._read_stream(answer, reader)) as batches:
                 async for deltas in batches:
                     yield deltas

@@ -6,8 +6,8 @@ What must stay true:
 - an illegal delta raises `IllegalDelta` and changes nothing;
 - a text run is sealed (its `.done`, then its part's `.done`) by the next part, a phase or Close; the
   streamed field of an item is sealed exactly once, also when it got no delta;
-- no `.done` ever leaves for an item that a failure or a cancel cut short: codex executes every tool call
-  whose `output_item.done` it saw, half a call too.
+- no `.done` ever leaves for an item that a failure or a cancel cut short, nor for a call that the end of
+  an incomplete response cut short: codex executes every tool call whose `output_item.done` it saw.
 It must not know where deltas come from, who reads the events, or what time it is.
 """
 
@@ -68,13 +68,17 @@ class _Line:
 
 
 class Builder:
-    """Feed it deltas, take events. `envelope` is the response object as it was created."""
+    """Feed it deltas, take events. `envelope` is the response object as it was created.
 
-    def __init__(self, envelope: Mapping[str, Any]) -> None:
+    A silent one makes no events and only numbers them: for a response whose reader wants the whole.
+    """
+
+    def __init__(self, envelope: Mapping[str, Any], *, silent: bool = False) -> None:
         self.number = 0
         """The number of the next event."""
         self.memory: Mapping[str, Any] | None = None
         """What the backend last asked to have remembered."""
+        self._silent = silent
         self._envelope = dict(envelope)
         self._events: list[Event] = []
         self._lines: list[_Line] = []
@@ -148,7 +152,8 @@ class Builder:
         tail = run.scored(delta.logprobs) if delta.logprobs else run.tail
         data = b"%b%d%b%b%b" % (run.head, number, run.middle, text, tail)
         run.texts.append(delta.text)
-        self._events.append(Event(number, run.type, data))
+        if not self._silent:
+            self._events.append(Event(number, run.type, data))
         self.number = number + 1
 
     def _open(self, delta: Open) -> None:
@@ -233,7 +238,7 @@ class Builder:
             raise IllegalDelta("The response failed without an error.")
         self._begin()
         for index in left:
-            if delta.status == "incomplete":
+            if delta.status == "incomplete" and not self._is_half_a_call(index):
                 self._seal(index)
                 self._end(index, self._now(index, "incomplete"))
             else:
@@ -243,6 +248,10 @@ class Builder:
             self._lines[index : index + 1] = [_Line(item, closed=True)]
         self._final = self._ending(delta)
         self._emit(_TERMINAL[delta.status], {"response": self._final})
+
+    def _is_half_a_call(self, index: int) -> bool:
+        run = self._runs.get(index)
+        return run is not None and run.part is None
 
     def _backfill(self, items: Mapping[int, Item]) -> dict[int, Item]:
         """The items that come with the end only, in order."""
@@ -310,8 +319,9 @@ class Builder:
         self._lines[index] = _Line(item, closed=True)
 
     def _emit(self, type: str, fields: Mapping[str, Any]) -> None:
-        data = dumps({"type": type, "sequence_number": self.number, **fields})
-        self._events.append(Event(self.number, type, data))
+        if not self._silent:
+            data = dumps({"type": type, "sequence_number": self.number, **fields})
+            self._events.append(Event(self.number, type, data))
         self.number += 1
 
 

@@ -187,7 +187,7 @@ def _first_error(error: ValidationError) -> IngressError:
         return InvalidType(f"Invalid type for '{param}': expected {_TYPES[kind]}.", param=param)
     if kind in _BOUNDS:
         code, sign, key = _BOUNDS[kind]
-        number = "integer" if isinstance(first["input"], int) else "decimal"
+        number = "integer" if isinstance(context[key], int) else "decimal"
         return InvalidValue(
             f"Invalid '{param}': expected a value {sign} {context[key]:g}.", param=param, code=f"{number}_{code}"
         )

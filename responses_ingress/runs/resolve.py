@@ -6,6 +6,7 @@ The rules, in order (docs/architecture.md, "What a request means"):
    that only what is new is stored.
 3. a session otherwise: the thread's active branch, then the input.
 4. neither: the input alone.
+Requests that are no turns (codex's prewarm, memory, compaction) are answered beside the thread.
 
 What must stay true: this only reads. What it found may have changed when the response begins; the store
 checks that then (`Placement.seen`).
@@ -13,13 +14,14 @@ checks that then (`Placement.seen`).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 import orjson
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from responses_ingress.core.context import align
 from responses_ingress.core.deltas import Item
-from responses_ingress.core.items import digest, is_model_made
+from responses_ingress.core.items import OUTPUTS, digest, is_model_made
 from responses_ingress.core.request import Caller, Request
 from responses_ingress.errors import (
     NotFound,
@@ -38,7 +40,8 @@ from responses_ingress.store.turns import NewItem, Placement
 class Resolved:
     """A request's place and its items. `placement` is None where nothing is to be written.
 
-    stored: `new` as the branch takes it.
+    stored:  what of `new` becomes part of the thread, as the branch takes it.
+    is_turn: the answer becomes part of the thread too.
     """
 
     thread_id: str
@@ -46,6 +49,7 @@ class Resolved:
     context: Sequence[Item]
     new: Sequence[Item]
     stored: Sequence[NewItem] = ()
+    is_turn: bool = True
     memory: bytes | None = None
 
 
@@ -54,14 +58,29 @@ async def resolve(database: Database, ids: Ids, request: Request, caller: Caller
     `ResponseRunning`."""
     if request.conversation is not None:
         raise NotFound(f"Conversation with id '{request.conversation}' not found.")
-    if caller.kind != "turn":  # codex's prewarm, memory and compaction requests are no turns of the thread
-        caller = replace(caller, thread_key=None)
     given = await _dereference(database, caller.tenant, request.input)
+    if caller.kind != "turn":
+        return await _beside_the_thread(database, ids, request, caller, given)
     if request.previous_response_id is not None:
         return await _after_previous(database, ids, request, caller, given)
     if caller.thread_key is not None:
         return await _in_session(database, ids, request, caller, given)
     return _alone(ids, request, caller, given)
+
+
+async def _beside_the_thread(
+    database: Database, ids: Ids, request: Request, caller: Caller, given: Sequence[Item]
+) -> Resolved:
+    """Codex's prewarm, memory and compaction requests are no turns of the thread. But a compaction in the
+    middle of a turn is the first and last to bring the outputs of the tools that ran before it."""
+    alone = _alone(ids, request, replace(caller, thread_key=None), given)
+    if caller.kind != "compaction" or caller.thread_key is None or request.store:
+        return alone
+    async with database.reading() as connection:
+        placement, _ = await _session(connection, ids, caller)
+        carried = await _carried(connection, ids, placement, caller, given)
+    outputs = list(takewhile(lambda item: item.type in OUTPUTS, carried.stored))
+    return replace(carried, stored=outputs, is_turn=False) if outputs else alone
 
 
 def _alone(ids: Ids, request: Request, caller: Caller, given: Sequence[Item]) -> Resolved:

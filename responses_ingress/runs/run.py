@@ -46,8 +46,9 @@ logger = logging.getLogger(__name__)
 class Record:
     """Where a run writes. A run without one (no session, `store: false`) writes nothing.
 
-    input: the new input items, for the branch.
-    begun: done when the response's row is committed.
+    input:   the new input items, for the branch.
+    is_turn: the output goes to the branch too.
+    begun:   done when the response's row is committed.
     """
 
     database: Database
@@ -55,6 +56,7 @@ class Record:
     owner: Owner
     store: bool
     input: Sequence[NewItem]
+    is_turn: bool
     begun: "asyncio.Future[None]"
 
 
@@ -86,7 +88,7 @@ class Run:
         self._record = record
         self._kit = kit
         self._envelope = envelope
-        self._builder = Builder(envelope)
+        self._builder = Builder(envelope, silent=not (turn.stream or self.background))
         self._held: list[Event] = []  # made, not yet published
         self._unwritten: list[Delta] = []  # fed to the builder, not yet in the journal
         self._written = 0  # number of the first event the journal does not tell
@@ -254,7 +256,7 @@ class Run:
             status=self._builder.status,
             envelope=orjson.dumps(split_repeated(reduce(response))[0]),
             input=record.input,
-            output=[new_item(item) for item in self._builder.output],
+            output=[new_item(item) for item in self._builder.output] if record.is_turn else [],
             error=_dumped(response["error"]),
             usage=_dumped(response["usage"]),
             incomplete=details["reason"] if details else None,

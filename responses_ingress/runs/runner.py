@@ -132,7 +132,15 @@ class Runner:
         begun = self._database.submit(begin(new, resolved.placement, self._owner))
         if resolved.placement.exclusive:
             await begun
-        return Record(self._database, resolved.placement, self._owner, request.store, resolved.stored, begun)
+        return Record(
+            self._database,
+            resolved.placement,
+            self._owner,
+            request.store,
+            resolved.stored,
+            resolved.is_turn,
+            begun,
+        )
 
     def _started(self, run: Run) -> Run:
         self._runs[run.id] = run

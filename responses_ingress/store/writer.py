@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
-from sqlalchemy import Executable, Insert, Row, Table, bindparam, insert, select, update
+from sqlalchemy import ClauseElement, Executable, Insert, Row, Table, bindparam, insert, select, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.sql.compiler import SQLCompiler
 
 from responses_ingress.errors import IngressError, StoreUnavailable
 from responses_ingress.ids import Clock
@@ -257,7 +258,9 @@ class Writer:
         SQLAlchemy's own handling of each row costs as much as writing it."""
         known = self._statements.get(statement)
         if known is None:
+            assert isinstance(statement, ClauseElement)
             compiled = statement.compile(dialect=self._engine.dialect)
+            assert isinstance(compiled, SQLCompiler) and compiled.positiontup is not None
             names = list(compiled.positiontup)
             pick = itemgetter(*names) if len(names) > 1 else lambda row: (row[names[0]],)
             known = self._statements[statement] = (str(compiled), pick)

@@ -14,6 +14,7 @@ from typing import Any
 
 import orjson
 from sqlalchemy import make_url
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from responses_ingress.backends.base import Route
 from responses_ingress.core.builder import Event
@@ -73,6 +74,22 @@ class Stage:
         return self.rows("SELECT * FROM journal WHERE response_id = ? ORDER BY first", response_id)
 
 
+class _Watched(Database):
+    """Knows when it is not read from."""
+
+    read, readers = False, 0
+
+    @asynccontextmanager
+    async def reading(self) -> AsyncIterator[AsyncConnection]:
+        self.read = True
+        self.readers += 1
+        try:
+            async with super().reading() as connection:
+                yield connection
+        finally:
+            self.readers -= 1
+
+
 @asynccontextmanager
 async def staged(
     url: str,
@@ -87,13 +104,14 @@ async def staged(
     clock = clock or ManualClock()
     ids = Ids(clock, Random(seed).randbytes)
     backend = ScriptedBackend()
-    database = Database(url, clock)
+    database = _Watched(url, clock)
     metrics = Metrics()
     found = routes(backend) if routes else [Route("*", backend)]
     runner = Runner(database, found, limits or Limits(), metrics, ids)
     try:
         yield Stage(url, clock, ids, database, backend, metrics, runner)
     finally:
+        await until(lambda: database.read and not database.readers)  # the runner's first look at what was left behind
         await runner.close(grace)
         await database.close()
 
@@ -114,7 +132,7 @@ def locked(url: str) -> Iterator[None]:
 
 async def until(condition: Callable[[], object]) -> None:
     """Wait for a state that nobody announces."""
-    while not condition():
+    while not condition():  # noqa: ASYNC110
         await asyncio.sleep(_POLL)
 
 
