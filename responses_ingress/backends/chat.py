@@ -33,6 +33,7 @@ class ChatBackend:
         self._upstream = upstream
         self._options = options
         self._client = Client(upstream)
+        self._told: set[str] = set()
 
     @property
     def name(self) -> str:
@@ -40,8 +41,7 @@ class ChatBackend:
 
     async def stream(self, turn: Turn) -> AsyncGenerator[Sequence[Delta], None]:
         call = encode(turn, self._options)
-        if call.dropped:
-            logger.info("%s: left out tools that %s does not have: %s", turn.response_id, self.name, call.dropped)
+        self._tell(call.dropped)
         reader = ChatReader(call.tools)
         body = orjson.dumps(call.body)
         answer = await self._client.post("/chat/completions", body, turn.bearer)
@@ -57,6 +57,13 @@ class ChatBackend:
                     yield deltas
         finally:
             answer.close()
+
+    def _tell(self, dropped: Sequence[str]) -> None:
+        """Log each kind of tool that is left out, once: codex sends `web_search` with every request."""
+        new = [kind for kind in dropped if kind not in self._told]
+        if new:
+            self._told.update(new)
+            logger.info("upstream %s has no hosted tools; left out: %s", self.name, ", ".join(new))
 
     async def _read_stream(self, answer: Answer, reader: ChatReader) -> AsyncGenerator[Sequence[Delta], None]:
         parser = Parser()

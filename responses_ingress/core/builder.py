@@ -14,7 +14,7 @@ It must not know where deltas come from, who reads the events, or what time it i
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from orjson import OPT_NON_STR_KEYS, JSONEncodeError, dumps
+from orjson import OPT_NON_STR_KEYS, Fragment, JSONEncodeError, dumps
 
 from responses_ingress.core.channels import ANNOTATION, FIELDS, PARTS, Channel, TextRun, seals, skeleton, takes
 from responses_ingress.core.deltas import (
@@ -80,6 +80,7 @@ class Builder:
         """What the backend last asked to have remembered."""
         self._silent = silent
         self._envelope = dict(envelope)
+        self._opened = Fragment(b"")
         self._events: list[Event] = []
         self._lines: list[_Line] = []
         self._runs: dict[int, TextRun] = {}
@@ -117,9 +118,11 @@ class Builder:
         """Tell that the response exists. Once, before any delta."""
         if self.number:
             raise IllegalDelta("The response was started twice.")
-        self._emit("response.created", {"response": self._envelope})
+        # Encoded once for the two or three events that show it: it holds the instructions and the tools.
+        self._opened = Fragment(b"" if self._silent else dumps(self._envelope))
+        self._emit("response.created", {"response": self._opened})
         if self.status == "queued":
-            self._emit("response.queued", {"response": self._envelope})
+            self._emit("response.queued", {"response": self._opened})
 
     def feed(self, delta: Delta) -> None:
         try:
@@ -284,7 +287,9 @@ class Builder:
     def _begin(self) -> None:
         if not self._accepted:
             self._accepted = True
-            self._emit("response.in_progress", {"response": {**self._envelope, "status": "in_progress"}})
+            queued = self._envelope["status"] != "in_progress"
+            opened = {**self._envelope, "status": "in_progress"} if queued else self._opened
+            self._emit("response.in_progress", {"response": opened})
 
     def _line(self, index: int) -> _Line:
         """The open item at `index`."""

@@ -90,6 +90,11 @@ def seals(event: str, item: Item) -> bool:
     return prefix == f"response.{item['type']}" and phase != "in_progress"
 
 
+def is_half_a_call(item: Item) -> bool:
+    """Whether the item is a call that the end of the response cut short. It must never be told as done."""
+    return item["type"] in FIELDS and item.get("status") == "incomplete"
+
+
 def takes(item: Item, kind: Kind) -> bool:
     """Whether a part of this kind can stream in `item`."""
     return item["type"] not in FIELDS and isinstance(item.get(PARTS[kind].place) or [], list)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from responses_ingress.core.builder import Builder
-from responses_ingress.core.channels import FIELDS, PARTS, PLACES, kind_of, parts_of, skeleton
+from responses_ingress.core.channels import FIELDS, PARTS, PLACES, is_half_a_call, kind_of, parts_of, skeleton
 from responses_ingress.core.deltas import (
     Accepted,
     Close,
@@ -51,7 +51,7 @@ def deltas_of_response(response: Mapping[str, Any]) -> list[Delta]:
     cut: dict[int, Item] = {}
     for index, item in enumerate(response["output"]):
         deltas += opening(index, item)
-        if failed and item.get("status") in ("in_progress", "incomplete"):
+        if is_half_a_call(item) or (failed and item.get("status") in ("in_progress", "incomplete")):
             cut[index] = item
         else:
             deltas.append(Close(index, item))

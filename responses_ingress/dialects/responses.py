@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from responses_ingress.core.channels import ANNOTATION, FIELDS, PARTS, Channel, kind_of, seals
+from responses_ingress.core.channels import ANNOTATION, FIELDS, PARTS, Channel, is_half_a_call, kind_of, seals
 from responses_ingress.core.deltas import Accepted, Close, Delta, Finish, Item, Kind, Mark, Open
 from responses_ingress.core.replay import bare, bare_part, deltas_of_response, ended_as, ending
 from responses_ingress.dialects.failures import in_band
@@ -115,7 +115,7 @@ class ResponsesReader:
                 if not failed:
                     deltas += slot.whole(item)
                     continue
-            if not slot.closed and not failed and slot.streams(item):
+            if not slot.closed and not failed and not is_half_a_call(item) and slot.streams(item):
                 deltas += slot.close(item)
             # Encrypted content is encrypted anew in the final response, and that is the one to keep.
             elif slot.same(item) != slot.item or not slot.closed:

@@ -7,7 +7,7 @@ after its item is closed. Knows nothing of the events that tell of the item.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from responses_ingress.core.channels import FIELDS, PARTS, PLACES, parts_of, takes
+from responses_ingress.core.channels import FIELDS, PARTS, PLACES, is_half_a_call, parts_of, takes
 from responses_ingress.core.deltas import Close, Delta, Item, Kind, Note, Part, Text
 from responses_ingress.core.replay import opening, part_deltas
 from responses_ingress.errors import UpstreamInvalid
@@ -95,7 +95,9 @@ class Slot:
         self.sealed, self.kind, self.position = True, None, None
 
     def whole(self, item: Item) -> list[Delta]:
-        """An item of which nothing was passed on."""
+        """An item of which nothing was passed on. Half a call is opened and never closed."""
+        if is_half_a_call(item):
+            return opening(self.index, item)
         self.closed = self.sealed = True
         return [*opening(self.index, item), Close(self.index, item)]
 

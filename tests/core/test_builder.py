@@ -373,15 +373,21 @@ def test_completed() -> None:
     assert response["service_tier"] == "default"
 
 
-@pytest.mark.parametrize("opened", [HELLO, CALLING])
-def test_incomplete_seals_and_closes_what_is_open(opened: list[Delta]) -> None:
-    events = events_of([*opened, INCOMPLETE])
+def test_incomplete_seals_and_closes_what_is_open() -> None:
+    events = events_of([*HELLO, INCOMPLETE])
     check_stream(events)
     response = events[-1]["response"]
     assert events[-2]["type"] == "response.output_item.done"
     assert response["incomplete_details"] == {"reason": "max_output_tokens"}
     assert response["completed_at"] is None
     assert [item["status"] for item in response["output"]] == ["incomplete"]
+
+
+def test_incomplete_does_not_say_that_half_a_call_is_done() -> None:
+    events = events_of([*CALLING, INCOMPLETE])
+    check_stream(events)
+    assert not [name for name in (event["type"] for event in events) if name.endswith("done")]
+    assert [item["status"] for item in events[-1]["response"]["output"]] == ["incomplete"]
 
 
 @pytest.mark.parametrize("finish", [FAILED, CANCELLED])

@@ -296,6 +296,7 @@ async def test_law_3_every_path_ends_a_response_that_nobody_streams(
     run = await stage.play(*script, stream=False, caller=SESSION)
     with run.feed.follow() as follower:
         await follower.end()
+    await loop_turns()
     assert run.response()["status"] == status
     assert (run.response()["error"] or {}).get("code") == code
     assert_over(stage, run)
