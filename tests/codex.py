@@ -100,6 +100,11 @@ class Codex:
         ]
         (self.home / "config.toml").write_text("\n".join(lines) + "\n")
 
+    def ask_for_models(self) -> None:
+        """Let codex get its bearer from a command, with which alone it asks the provider for its models."""
+        with (self.home / "config.toml").open("a") as config:
+            config.write('[model_providers.ingress.auth]\ncommand = "/bin/echo"\nargs = ["sk-any"]\n')
+
     async def exec(self, prompt: str) -> Outcome:
         """A new thread."""
         return await self._run("exec", *_FLAGS, prompt)

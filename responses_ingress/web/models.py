@@ -13,6 +13,18 @@ from responses_ingress.runs.runner import Runner
 from responses_ingress.web.callers import Keyring
 from responses_ingress.web.exchange import Exchange
 
+BASE_INSTRUCTIONS = """\
+You are a coding agent that works in a user's terminal through the Codex CLI, together with the user.
+
+- Look before you change: read the files that matter, and the project's own notes for contributors.
+- Use only the tools you are given, with the arguments they describe; run commands one step at a time.
+- Make the smallest change that does what was asked, in the style of the code around it.
+- Never undo or overwrite changes you did not make, and ask before anything that cannot be taken back.
+- Check your work by running it or the project's tests, and say plainly what you could not check.
+- Answer briefly: what you did, where, and what is left to do.
+"""
+"""What codex tells a model whose catalogue entry is ours; it sends nothing of its own then."""
+
 _CATALOGUE_ENTRY: dict[str, Any] = {
     "description": None,
     "supported_reasoning_levels": [],
@@ -26,7 +38,7 @@ _CATALOGUE_ENTRY: dict[str, Any] = {
     "apply_patch_tool_type": None,
     "truncation_policy": {"mode": "bytes", "limit": 10_000},
     "experimental_supported_tools": [],
-    "base_instructions": "",
+    "base_instructions": BASE_INSTRUCTIONS,
 }
 
 

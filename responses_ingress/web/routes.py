@@ -66,6 +66,10 @@ _ROUTES: tuple[tuple[str, str, Callable[[Web], Handler]], ...] = (
     ("GET", "/metrics", lambda web: web.health.scrape),
 )
 
+# The one route that every turn takes passes by Starlette's middleware and router, which answer nothing
+# here that an endpoint does not answer itself: a sixth of a small turn, and 3 kB of an open stream.
+_HOT = ("POST", "/v1/responses")
+
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
@@ -87,10 +91,20 @@ def build(open_web: Callable[[], AbstractAsyncContextManager[Web]], ids: Ids) ->
         async with open_web() as web:
             yield {"web": web}
 
-    routes = [Route(path, Endpoint(find, ids), methods=[method]) for method, path, find in _ROUTES]
-    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_route})
-    app.router.redirect_slashes = False
-    return _refusing_upgrades(app)
+    endpoints = {(method, path): Endpoint(find, ids) for method, path, find in _ROUTES}
+    routes = [Route(path, endpoint, methods=[method]) for (method, path), endpoint in endpoints.items()]
+    starlette = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_route})
+    starlette.router.redirect_slashes = False
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await _refuse_upgrade(send)
+        elif scope["type"] == "http" and (scope["method"], scope["path"]) == _HOT:
+            await endpoints[_HOT](scope, receive, send)
+        else:
+            await starlette(scope, receive, send)
+
+    return app
 
 
 def _no_route(request: Request, error: Exception) -> Response:
@@ -102,16 +116,8 @@ def _no_route(request: Request, error: Exception) -> Response:
     return JSONResponse(refusal.body(), refusal.status, headers)
 
 
-def _refusing_upgrades(app: ASGIApp) -> ASGIApp:
-    """`app`, with every WebSocket handshake answered by 426."""
-
-    async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "websocket":
-            await app(scope, receive, send)
-            return
-        refusal = UpgradeRequired("This server speaks Responses over HTTP only.")
-        headers = [(b"content-type", b"application/json"), (b"upgrade", b"HTTP/1.1")]
-        await send({"type": "websocket.http.response.start", "status": 426, "headers": headers})
-        await send({"type": "websocket.http.response.body", "body": orjson.dumps(refusal.body())})
-
-    return refuse
+async def _refuse_upgrade(send: Send) -> None:
+    refusal = UpgradeRequired("This server speaks Responses over HTTP only.")
+    headers = [(b"content-type", b"application/json"), (b"upgrade", b"HTTP/1.1")]
+    await send({"type": "websocket.http.response.start", "status": refusal.status, "headers": headers})
+    await send({"type": "websocket.http.response.body", "body": orjson.dumps(refusal.body())})

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from responses_ingress.settings import Settings
+from responses_ingress.web.models import BASE_INSTRUCTIONS
 from tests.codex import VERSIONS, Codex
 from tests.history import branches, brief, history, responses, stored_items, threads
 from tests.server import ServerProcess, running
@@ -201,8 +202,22 @@ async def test_compaction(codex: Codex, chat: str, upstream: Upstream, database:
     assert now[2:] == [("assistant", "Compacted and done."), ("user", "Go on"), ("assistant", "And on.")]
     before = [brief(branch) for branch in branches(database, first.thread_id)]
     assert any(("function_call", '{"cmd":"echo hi"}') in branch for branch in before), before
+    outputs = [text for branch in before for kind, text in branch if kind == "function_call_output"]
+    assert len(outputs) == 1 and "hi" in outputs[0], before
     payloads = stored_items(database)
     assert len(payloads) == len({repr(item) for item in payloads})
+
+
+async def test_catalogue(codex: Codex, chat: str, upstream: Upstream) -> None:
+    """Codex decodes our catalogue: it knows the model, and gives it the catalogue's instructions."""
+    codex.configure(chat)
+    codex.ask_for_models()
+    upstream.script(Say("Known."))
+    outcome = await codex.exec("Who are you?")
+    assert outcome.code == 0, outcome
+    assert outcome.messages == ["Known."]
+    assert [item for item in outcome.items("error") if "metadata" in item["message"]] == []
+    assert BASE_INSTRUCTIONS in upstream.calls[-1].json["messages"][0]["content"]
 
 
 async def test_fork(newest: Codex, chat: str, upstream: Upstream, database: Path) -> None:

@@ -75,19 +75,30 @@ class Stage:
 
 
 class _Watched(Database):
-    """Knows when it is not read from."""
+    """Knows when it is in use, so that a test does not close a runner that is busy with its upkeep."""
 
-    read, readers = False, 0
+    used, users = False, 0
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
-        self.read = True
-        self.readers += 1
-        try:
+        with self._using():
             async with super().reading() as connection:
                 yield connection
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[AsyncConnection]:
+        with self._using():
+            async with super().transaction() as connection:
+                yield connection
+
+    @contextmanager
+    def _using(self) -> Iterator[None]:
+        self.used = True
+        self.users += 1
+        try:
+            yield
         finally:
-            self.readers -= 1
+            self.users -= 1
 
 
 @asynccontextmanager
@@ -109,9 +120,10 @@ async def staged(
     found = routes(backend) if routes else [Route("*", backend)]
     runner = Runner(database, found, limits or Limits(), metrics, ids)
     try:
+        await until(lambda: database.used and not database.users)  # the runner's first look at what was left behind
         yield Stage(url, clock, ids, database, backend, metrics, runner)
     finally:
-        await until(lambda: database.read and not database.readers)  # the runner's first look at what was left behind
+        await until(lambda: not database.users)
         await runner.close(grace)
         await database.close()
 

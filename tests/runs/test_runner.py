@@ -31,6 +31,7 @@ from tests.runs.stage import (
     output_text,
     staged,
     taken,
+    types,
     until,
 )
 
@@ -276,6 +277,7 @@ async def test_a_background_run_goes_on_without_anyone(migrated_database: str) -
 async def test_a_request_that_builds_on_a_running_response_waits_for_it(stage: Stage) -> None:
     hold = asyncio.Event()
     first = await stage.play(hold, *spoken("one"))
+    await until(lambda: types(first))
     second = asyncio.create_task(stage.play(*spoken("two"), previous_response_id=first.id))
     await (await stage.play(*spoken("meanwhile"))).ended
     assert not second.done()
@@ -290,6 +292,7 @@ async def test_a_request_that_builds_on_a_response_that_runs_too_long_is_told_to
 ) -> None:
     async with staged(migrated_database, Limits(thread_wait=0.02)) as stage:
         first = await stage.play(asyncio.Event())
+        await until(lambda: types(first))
         with pytest.raises(Busy):
             await stage.create(previous_response_id=first.id)
 
@@ -319,7 +322,7 @@ async def test_a_response_that_failed_or_was_cancelled_cannot_be_built_on(
     async with staged(migrated_database, Limits(disconnect_grace=0)) as stage:
         run = await stage.play(opened(), asyncio.Event() if cancelled else UpstreamError("No."))
         with run.feed.follow():
-            await stage.backend.called(1)
+            await until(lambda: types(run))
         await run.ended
         assert run.status == ("cancelled" if cancelled else "failed")
         with pytest.raises(PreviousNotCompleted) as refused:
@@ -461,20 +464,23 @@ async def test_one_response_that_cannot_be_closed_is_not_in_the_way_of_others(mi
         with closing(connect(dead.url)) as connection:
             connection.execute("UPDATE journal SET payload = x'00' WHERE response_id = ?", (broken.id,))
         async with (
-            staged(migrated_database, Limits(lease=0.03), clock=later, seed=2) as found,
+            staged(migrated_database, Limits(lease=0.3), clock=later, seed=2) as found,
             asyncio.timeout(1),
         ):
             await until(lambda: found.row(good.id)["status"] == "failed")
 
 
 async def test_the_leases_of_what_runs_are_renewed(migrated_database: str) -> None:
-    async with staged(migrated_database, Limits(lease=0.03)) as stage:
-        run = await stage.play(asyncio.Event(), caller=SESSION)
+    async with staged(migrated_database, Limits(lease=0.3)) as stage:
+        hold = asyncio.Event()
+        run = await stage.play(hold, *spoken("hi"), caller=SESSION)
         await stage.backend.called(1)
         stage.clock.advance(1000)
-        until_then = stage.clock() + 0.03
-        await until(lambda: stage.row(run.id)["lease_until"] == stage.thread()["lease_until"] == until_then)
+        renewed = stage.clock() + 0.3
+        await until(lambda: stage.row(run.id)["lease_until"] == stage.thread()["lease_until"] == renewed)
         assert (stage.row(run.id)["epoch"], run.status) == (1, "in_progress")
+        hold.set()
+        await run.ended
 
 
 # The end of a process.
