@@ -97,7 +97,9 @@ def _check_output(status: str, output: Sequence[Json], items: "_Items", backfill
         if streamed.final is not None:
             assert _plain(final) == _plain(streamed.final), f"item {index} of the output is not the item that was done"
         else:
-            assert backfilled or final.get("status", "incomplete") == "incomplete", f"item {index} was cut short as {final['status']}"
+            assert backfilled or final.get("status", "incomplete") == "incomplete", (
+                f"item {index} was cut short as {final['status']}"
+            )
 
 
 def _plain(item: Json) -> Json:

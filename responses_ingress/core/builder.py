@@ -241,7 +241,7 @@ class Builder:
             raise IllegalDelta("The response failed without an error.")
         self._begin()
         for index in left:
-            if delta.status == "incomplete" and not self._is_half_a_call(index):
+            if delta.status == "incomplete" and self._lines[index].item["type"] not in FIELDS:
                 self._seal(index)
                 self._end(index, self._now(index, "incomplete"))
             else:
@@ -251,10 +251,6 @@ class Builder:
             self._lines[index : index + 1] = [_Line(item, closed=True)]
         self._final = self._ending(delta)
         self._emit(_TERMINAL[delta.status], {"response": self._final})
-
-    def _is_half_a_call(self, index: int) -> bool:
-        run = self._runs.get(index)
-        return run is not None and run.part is None
 
     def _backfill(self, items: Mapping[int, Item]) -> dict[int, Item]:
         """The items that come with the end only, in order."""

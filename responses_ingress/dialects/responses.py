@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from responses_ingress.core.channels import ANNOTATION, FIELDS, PARTS, Channel, is_half_a_call, kind_of, seals
+from responses_ingress.core.channels import ANNOTATION, FIELDS, PARTS, Channel, kind_of, seals
 from responses_ingress.core.deltas import Accepted, Close, Delta, Finish, Item, Kind, Mark, Open
 from responses_ingress.core.replay import bare, bare_part, deltas_of_response, ended_as, ending
 from responses_ingress.dialects.failures import in_band
@@ -100,8 +100,9 @@ class ResponsesReader:
         failed = response["status"] in ("failed", "cancelled")
         deltas, items = self._last_items(response["output"], failed)
         if response["status"] == "completed":
-            left = [slot.index for slot in self._slots if not slot.closed and slot.index not in items]
-            deltas += [Close(index) for index in left]
+            left = [slot for slot in self._slots if not slot.closed and slot.index not in items]
+            deltas += [Close(slot.index) for slot in left if not slot.half]
+            items |= {slot.index: slot.half for slot in left if slot.half}
         return [*deltas, replace(ending(response), items=items or None, echo=self._echo(given))]
 
     def _last_items(self, output: Sequence[Item], failed: bool) -> tuple[list[Delta], dict[int, Item]]:
@@ -112,13 +113,11 @@ class ResponsesReader:
         for slot, item in self._pair(output):
             if slot is None:
                 slot = self._slot(item, None)
-                if not failed:
-                    deltas += slot.whole(item)
-                    continue
-            if not slot.closed and not failed and not is_half_a_call(item) and slot.streams(item):
+                deltas += [] if failed else slot.whole(item)
+            elif not slot.closed and not failed and slot.streams(item):
                 deltas += slot.close(item)
             # Encrypted content is encrypted anew in the final response, and that is the one to keep.
-            elif slot.same(item) != slot.item or not slot.closed:
+            if not slot.closed or slot.same(item) != slot.item:
                 items[slot.index] = slot.same(item)
         return deltas, items
 

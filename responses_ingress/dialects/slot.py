@@ -16,12 +16,14 @@ from responses_ingress.errors import UpstreamInvalid
 class Slot:
     """An item of the provider's output, and how far it has been passed on."""
 
-    __slots__ = ("closed", "index", "item", "kind", "last", "notes", "parts", "position", "said", "sealed")
+    __slots__ = ("closed", "half", "index", "item", "kind", "last", "notes", "parts", "position", "said", "sealed")
 
     def __init__(self, index: int, item: Item) -> None:
         self.index = index
         self.item = item
         self.closed = False
+        self.half: Item | None = None
+        """Its final form, if it is half a call."""
         self.sealed = False
         """Its text is over."""
         self.kind: Kind | None = None
@@ -85,8 +87,11 @@ class Slot:
         return deltas + unseen
 
     def close(self, item: Item) -> list[Delta]:
-        """The end of the item, as its final form says it."""
+        """The end of the item, as its final form says it. Half a call stays open: it is for the Finish."""
         deltas = self.complete(item)
+        if is_half_a_call(item):
+            self.half = self.same(item)
+            return deltas if self.sealed else self.rest(item.get(FIELDS[item["type"]].field))
         self.item, self.closed, self.sealed, self.said = self.same(item), True, True, []
         return [*deltas, Close(self.index, self.item)]
 
@@ -95,8 +100,9 @@ class Slot:
         self.sealed, self.kind, self.position = True, None, None
 
     def whole(self, item: Item) -> list[Delta]:
-        """An item of which nothing was passed on. Half a call is opened and never closed."""
+        """An item of which nothing was passed on."""
         if is_half_a_call(item):
+            self.half, self.sealed = item, True
             return opening(self.index, item)
         self.closed = self.sealed = True
         return [*opening(self.index, item), Close(self.index, item)]

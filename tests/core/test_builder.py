@@ -383,10 +383,11 @@ def test_incomplete_seals_and_closes_what_is_open() -> None:
     assert [item["status"] for item in response["output"]] == ["incomplete"]
 
 
-def test_incomplete_does_not_say_that_half_a_call_is_done() -> None:
-    events = events_of([*CALLING, INCOMPLETE])
+@pytest.mark.parametrize("phase", [[], [Mark(0, "response.function_call.completed")]])
+def test_incomplete_does_not_say_that_half_a_call_is_done(phase: list[Delta]) -> None:
+    events = events_of([*CALLING, *phase, INCOMPLETE])
     check_stream(events)
-    assert not [name for name in (event["type"] for event in events) if name.endswith("done")]
+    assert not [name for name in names(events) if name == "output_item.done"]
     assert [item["status"] for item in events[-1]["response"]["output"]] == ["incomplete"]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -378,6 +379,29 @@ def test_an_ending_with_a_call_cut_short(status: str) -> None:
     events = events_of([*ANSWER[:-2], finish])
     check_stream(events)
     assert rebuilt(events) == events
+
+
+@pytest.mark.parametrize("status", ["incomplete", "completed"])
+@pytest.mark.parametrize("left_out", ["nothing", "function_call_arguments.delta", "output_item.added", "output"])
+def test_half_a_call_is_never_told_as_done(status: str, left_out: str) -> None:
+    half = {**call(), "arguments": '{"a', "status": "incomplete"}
+    finish = (
+        Finish("incomplete", reason="max_output_tokens") if status == "incomplete" else replace(DONE, items={0: half})
+    )
+    events = events_of([Accepted(), Open(0, call()), Text(0, '{"a'), finish])
+    done = {"type": "response.output_item.done", "output_index": 0, "item": half}
+    final = {**events[-1]["response"], "output": [] if left_out == "output" else [half]}
+    again = rebuilt(without(left_out, [*events[:-1], done, done, {**events[-1], "response": final}]))
+    assert not [event for event in again if event["type"].endswith(".done")]
+    assert again[-1]["response"]["output"] == [half]
+
+
+def test_half_a_call_that_only_the_final_response_tells() -> None:
+    half = {**call(), "arguments": '{"a', "status": "incomplete"}
+    final = {**ENVELOPE, "status": "incomplete", "incomplete_details": {"reason": "content_filter"}, "output": [half]}
+    again = rebuilt([EVENTS[0], {"type": "response.incomplete", "response": final}])
+    assert [event["type"] for event in again[3:]] == ["response.function_call_arguments.delta", "response.incomplete"]
+    assert again[-1]["response"]["output"] == [half]
 
 
 def test_a_failure_closes_nothing_and_keeps_what_it_tells() -> None:

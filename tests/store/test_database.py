@@ -1,0 +1,157 @@
+"""An open database: reading beside writing, transactions of one's own, leases, and failures in plain words."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import pytest
+from sqlalchemy import func, insert, select, text
+
+from responses_ingress.errors import InvalidRequest, StoreUnavailable
+from responses_ingress.store.database import Database, renew_leases
+from responses_ingress.store.responses import find_expired
+from responses_ingress.store.tables import preambles
+from responses_ingress.store.writer import Unit
+from tests.store.desk import LEASE, NOW, Clock, Desk
+
+INSERT = insert(preambles)
+
+
+def preamble(number: int) -> dict[str, object]:
+    return {"tenant": "", "digest": b"%d" % number, "payload": b"{}"}
+
+
+async def stored(database: Database) -> int:
+    async with database.reading() as connection:
+        return int((await connection.execute(select(func.count()).select_from(preambles))).scalar_one())
+
+
+def insertion(number: int) -> Unit[None]:
+    return Unit(lambda batch: batch.add(INSERT, **preamble(number)))
+
+
+async def test_what_was_submitted_is_read_by_everybody(desk: Desk, other_desk: Desk) -> None:
+    await desk.database.submit(insertion(1))
+    assert await stored(desk.database) == await stored(other_desk.database) == 1
+
+
+async def test_a_transaction_is_committed_whole_or_not_at_all(desk: Desk) -> None:
+    async with desk.database.transaction() as connection:
+        await connection.execute(INSERT, [preamble(1), preamble(2)])
+    assert await stored(desk.database) == 2
+    with pytest.raises(ZeroDivisionError):
+        async with desk.database.transaction() as connection:
+            await connection.execute(INSERT, preamble(3))
+            raise ZeroDivisionError
+    assert await stored(desk.database) == 2
+
+
+async def test_readers_do_not_wait_for_a_writer_and_see_what_is_committed(desk: Desk) -> None:
+    async with desk.database.transaction() as connection:
+        await connection.execute(INSERT, preamble(1))
+        assert await asyncio.gather(*(stored(desk.database) for _ in range(8))) == [0] * 8
+    assert await stored(desk.database) == 1
+
+
+async def test_a_reader_sees_the_newest_state_at_every_statement(desk: Desk) -> None:
+    count = select(func.count()).select_from(preambles)
+    async with desk.database.reading() as connection:
+        assert (await connection.execute(count)).scalar_one() == 0
+        await desk.database.submit(insertion(1))
+        assert (await connection.execute(count)).scalar_one() == 1
+
+
+async def test_units_and_transactions_of_several_workers_all_arrive(desk: Desk, other_desk: Desk) -> None:
+    async def transact(database: Database, number: int) -> None:
+        async with database.transaction() as connection:
+            await connection.execute(INSERT, preamble(number))
+
+    work: list[Awaitable[None]] = []
+    for at, database in enumerate((desk.database, other_desk.database)):
+        work += [database.submit(insertion(100 * at + number)) for number in range(20)]
+        work += [transact(database, 100 * at + number) for number in range(20, 25)]
+    await asyncio.gather(*work)
+    assert await stored(desk.database) == 50
+
+
+async def test_closing_commits_what_is_pending(each_database: str) -> None:
+    database = Database(each_database, Clock())
+    pending = [database.submit(insertion(number)) for number in range(3)]
+    await database.close()
+    assert all(future.done() for future in pending)
+    with pytest.raises(StoreUnavailable):
+        await database.submit(insertion(9))
+    again = Database(each_database, Clock())
+    assert await stored(again) == 3
+    await again.close()
+
+
+@dataclass
+class Way:
+    """A way of using the database."""
+
+    name: str
+    use: Callable[[Database, str], Awaitable[None]]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+async def read(database: Database, statement: str) -> None:
+    async with database.reading() as connection:
+        await connection.execute(text(statement))
+
+
+async def transact(database: Database, statement: str) -> None:
+    async with database.transaction() as connection:
+        await connection.execute(text(statement))
+
+
+async def submit(database: Database, statement: str) -> None:
+    await database.submit(Unit(lambda batch: batch.add(text(statement))))
+
+
+WAYS = [Way("reading", read), Way("a transaction", transact), Way("a unit", submit)]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+async def test_a_failure_of_the_database_is_told_as_one_to_try_again(desk: Desk, way: Way) -> None:
+    with pytest.raises(StoreUnavailable) as caught:
+        await way.use(desk.database, "INSERT INTO no_such_table (x) VALUES (1)")
+    assert caught.value.status == 503
+    assert caught.value.retry_after
+    assert "no_such_table" not in caught.value.message
+    assert await stored(desk.database) == 0
+
+
+async def test_an_error_of_ours_passes_through_as_it_is(desk: Desk) -> None:
+    with pytest.raises(InvalidRequest):
+        async with desk.database.transaction() as connection:
+            await connection.execute(INSERT, preamble(1))
+            raise InvalidRequest("No.")
+    with pytest.raises(InvalidRequest):
+        async with desk.database.reading():
+            raise InvalidRequest("No.")
+    assert await stored(desk.database) == 0
+
+
+async def test_renewing_prolongs_the_leases_of_a_workers_responses_and_threads(desk: Desk, other_desk: Desk) -> None:
+    mine = [await desk.begin(await desk.session(key)) for key in ("a", "b")]
+    theirs = await other_desk.begin(await other_desk.session("c"))
+    async with desk.database.transaction() as connection:
+        await renew_leases(connection, desk.owner.name, [*mine[:1], theirs], NOW + 10 * LEASE)
+    desk.clock.now += LEASE + 1
+    async with desk.database.reading() as connection:
+        assert {row.id for row in await find_expired(connection, desk.clock())} == {mine[1], theirs}
+    thread = await desk.thread("a")
+    assert thread is not None and thread.lease_until == NOW + 10 * LEASE
+    thread = await desk.thread("b")
+    assert thread is not None and thread.lease_until == NOW + LEASE
+
+
+async def test_renewing_what_has_ended_changes_nothing(desk: Desk) -> None:
+    ended = await desk.turn(await desk.session(), "a", "1")
+    thread, row = await desk.thread(), await desk.row(ended)
+    async with desk.database.transaction() as connection:
+        await renew_leases(connection, desk.owner.name, [ended], NOW + 10 * LEASE)
+    assert (await desk.thread(), await desk.row(ended)) == (thread, row)
