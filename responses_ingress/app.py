@@ -98,13 +98,17 @@ def make_limits(settings: Settings) -> Limits:
     )
 
 
+def _forwarded(settings: Settings) -> frozenset[str]:
+    return frozenset(name for upstream in settings.effective_upstreams.values() for name in upstream.forward)
+
+
 def make_web(settings: Settings, runner: Runner, database: Database, metrics: Metrics) -> Web:
     keyring = Keyring(settings.key_hashes)
     responses = Responses(
         runner=runner,
         database=database,
         keyring=keyring,
-        limits=RequestLimits(settings.max_body, settings.max_items, settings.strict),
+        limits=RequestLimits(settings.max_body, settings.max_items, settings.strict, _forwarded(settings)),
         stream=StreamOptions(settings.accept_wait, settings.keepalive_interval, settings.sse_done),
     )
     return Web(responses, Models(runner, keyring), Health(responses, metrics))

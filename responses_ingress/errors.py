@@ -14,8 +14,7 @@ person can act on; nothing here holds content of a request. This module imports 
     │   ├── ModelNotFound                model_not_found
     │   ├── PreviousNotFound             previous_response_not_found
     │   ├── PreviousNotCompleted         previous_response_not_completed
-    │   ├── ContextLengthExceeded        context_length_exceeded
-    │   └── ConversationLocked           conversation_locked
+    │   └── ContextLengthExceeded        context_length_exceeded
     ├── Unauthorized                401  invalid_api_key
     ├── NotFound                    404  no code
     ├── NotAllowed                  405  method_not_allowed
@@ -23,7 +22,8 @@ person can act on; nothing here holds content of a request. This module imports 
     ├── UpgradeRequired             426  upgrade_required
     ├── Busy                        503  server_is_busy, with Retry-After
     ├── StoreUnavailable            503  store_unavailable, with Retry-After
-    ├── UpstreamError               502  the backend's fault; the status may be the backend's own
+    ├── UpstreamError               502  the backend's fault
+    │   ├── UpstreamRefused         400  upstream_refused; or the status and code the backend gave
     │   ├── UpstreamUnreachable     502  upstream_unreachable
     │   ├── UpstreamTimeout         504  upstream_timeout
     │   ├── UpstreamTruncated       502  upstream_truncated
@@ -121,10 +121,6 @@ class ContextLengthExceeded(InvalidRequest):
     code = "context_length_exceeded"
 
 
-class ConversationLocked(InvalidRequest):
-    code = "conversation_locked"
-
-
 class Unauthorized(IngressError):
     status, type, code = 401, "invalid_request_error", "invalid_api_key"
 
@@ -158,6 +154,12 @@ class UpstreamError(IngressError):
 
     status = 502
     code = "upstream_error"
+
+
+class UpstreamRefused(UpstreamError):
+    """The backend refused the request: the status is its own."""
+
+    status, type, code = 400, "invalid_request_error", "upstream_refused"
 
 
 class UpstreamUnreachable(UpstreamError):

@@ -56,6 +56,7 @@ _ECHOED = (
     "prompt_cache_key",
     "prompt_cache_retention",
     "safety_identifier",
+    "service_tier",
     "temperature",
     "tool_choice",
     "top_logprobs",
@@ -93,10 +94,13 @@ def _echo_tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
     """Function tools are echoed with all their fields, which both contracts demand."""
     if tool.get("type") != "function":
         return tool
-    return {"description": None, "parameters": None, "strict": True, **tool}
+    return {"description": None, "parameters": None, "strict": None, **tool}
 
 
-_VOLATILE = frozenset({"id", "created_at", "status", "output", "usage", "error", "completed_at", "incomplete_details"})
+_COLUMNS = frozenset(
+    ["id", "created_at", "status", "model", "background", "store", "previous_response_id"]
+    + ["output", "usage", "error", "completed_at", "incomplete_details"]
+)
 
 
 def reduce(envelope: Mapping[str, Any]) -> Envelope:
@@ -104,7 +108,7 @@ def reduce(envelope: Mapping[str, Any]) -> Envelope:
     return {
         field: value
         for field, value in envelope.items()
-        if field not in _VOLATILE and (field not in DEFAULTS or value != DEFAULTS[field])
+        if field not in _COLUMNS and (field not in DEFAULTS or value != DEFAULTS[field])
     }
 
 

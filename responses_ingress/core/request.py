@@ -120,14 +120,19 @@ class _Body(BaseModel):
 KNOWN_FIELDS = frozenset(_Body.model_fields)
 
 
-def parse_request(body: object, *, max_items: int = 10_000, strict: bool = False) -> Request:
-    """Check `body`, the parsed JSON of a create request. Raises `InvalidRequest` and its kin."""
+def parse_request(
+    body: object, *, max_items: int = 10_000, strict: bool = False, extra: frozenset[str] = frozenset()
+) -> Request:
+    """Check `body`, the parsed JSON of a create request. Raises `InvalidRequest` and its kin.
+
+    extra: fields beyond the API's that an upstream is set to be given.
+    """
     if not isinstance(body, dict):
         raise InvalidType("The request body must be a JSON object.")
     if body.get("messages") is not None and "input" not in body:
         raise UnsupportedParameter("Unsupported parameter: 'messages'. The Responses API takes 'input' instead.")
     _check_top(body)
-    unknown = [name for name in body if name not in KNOWN_FIELDS]
+    unknown = [name for name in body if name not in KNOWN_FIELDS and name not in extra]
     if strict and unknown:
         raise UnknownParameter(f"Unknown parameter: '{unknown[0]}'.", param=unknown[0])
     items = _check_input(body["input"], max_items)

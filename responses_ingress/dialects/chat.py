@@ -32,7 +32,7 @@ class ChatOptions:
     forward:   further request fields to pass on as they are.
     """
 
-    max_tokens_field: Literal["max_completion_tokens", "max_tokens"] = "max_completion_tokens"
+    max_tokens_field: Literal["max_completion_tokens", "max_tokens"] = "max_tokens"
     system: Literal["leading", "in_place"] = "leading"
     reasoning: Literal["reasoning_content", "text", "omit"] = "reasoning_content"
     forward: tuple[str, ...] = ("chat_template_kwargs",)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from responses_ingress.errors import UpstreamError
+from responses_ingress.errors import ContextLengthExceeded, IngressError, UpstreamError, UpstreamRefused
 
 _LONGEST = 500
 _KEPT = frozenset({400, 401, 403, 404, 413, 429})
@@ -57,15 +57,17 @@ class _Trouble(NamedTuple):
         return self.number == 429 or bool(_RATE_LIMIT.search(f"{self.code} {self.kind}"))
 
 
-def read_error(status: int, body: bytes, retry_after: float | None = None) -> UpstreamError:
+def read_error(status: int, body: bytes, retry_after: float | None = None) -> IngressError:
     """The error for an upstream's answer with a status other than 200."""
     trouble = _read(body)._replace(number=status)
     code = _code(trouble)
-    if code == "context_length_exceeded":
-        status = 400
     what = "refused the request" if status < 500 else "failed"
-    message = _sentence(f"The upstream {what} (status {trouble.number})", trouble.message)
-    return UpstreamError(message, code=code, status=_status(status), retry_after=retry_after)
+    message = _sentence(f"The upstream {what} (status {status})", trouble.message)
+    if code == "context_length_exceeded":
+        return ContextLengthExceeded(message, param="input")
+    mapped = _status(status)
+    kind = UpstreamRefused if 400 <= mapped < 500 else UpstreamError
+    return kind(message, code=code, status=mapped, retry_after=retry_after)
 
 
 def in_band(body: Any) -> dict[str, str]:

@@ -59,10 +59,12 @@ async def resolve(database: Database, ids: Ids, request: Request, caller: Caller
     if request.conversation is not None:
         raise NotFound(f"Conversation with id '{request.conversation}' not found.")
     given = await _dereference(database, caller.tenant, request.input)
-    if caller.kind != "turn":
-        return await _beside_the_thread(database, ids, request, caller, given)
+    is_turn = caller.kind == "turn"
     if request.previous_response_id is not None:
+        caller = caller if is_turn else replace(caller, thread_key=None)
         return await _after_previous(database, ids, request, caller, given)
+    if not is_turn:
+        return await _beside_the_thread(database, ids, request, caller, given)
     if caller.thread_key is not None:
         return await _in_session(database, ids, request, caller, given)
     return _alone(ids, request, caller, given)
@@ -109,6 +111,8 @@ async def _after_previous(
                 param="previous_response_id",
             )
         context = _parsed(await read_payloads(connection, row.branch_id, 0, row.stop))
+        if caller.thread_key is None and not request.store:
+            return Resolved(row.thread_id, None, context, given)
         if caller.thread_key is None:
             branch = ids.branch(partition_of(row.thread_id))
             placement = Placement(caller.tenant, row.thread_id, None, row.branch_id, row.stop, row.stop, branch)

@@ -7,7 +7,7 @@ Its laws, one test each in tests/runs/test_run.py:
    when everything up to them is committed. Text in between may run ahead by one flush interval.
 3. One ending: status, items, branch, head and the thread's release are one transaction, and exactly one
    terminal event leaves on every path.
-4. Every write carries the lease's epoch; a stale writer fails and shows nothing more.
+4. Every write carries the lease's epoch; a stale writer fails, and shows nothing more than that it failed.
 5. An illegal or truncated upstream is a failed or incomplete response, never a malformed stream and
    never `completed`.
 6. Streaming and JSON replies are this same run with another follower.
@@ -33,13 +33,15 @@ from responses_ingress.core.deltas import encode as encode_deltas
 from responses_ingress.core.envelope import Envelope, reduce, split_repeated
 from responses_ingress.core.items import digest
 from responses_ingress.core.turn import Turn
-from responses_ingress.errors import Cancelled, IngressError, InternalError, UpstreamTruncated
+from responses_ingress.errors import Cancelled, IngressError, InternalError, UpstreamError, UpstreamTruncated
 from responses_ingress.ids import Ids, partition_of
 from responses_ingress.runs.feed import Feed
 from responses_ingress.store.database import Database
 from responses_ingress.store.turns import Ending, NewItem, Owner, Placement, append_journal, end
 
 logger = logging.getLogger(__name__)
+
+_STATUSES = {"context_length_exceeded": 400, "rate_limit_exceeded": 429}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,13 @@ class Run:
     def response(self) -> Envelope:
         """The response object as of now."""
         return self._builder.response()
+
+    def failure(self) -> IngressError | None:
+        """Why the response failed, as an HTTP error; None where it did not."""
+        if self.error is not None or self.status != "failed":
+            return self.error
+        told = self._builder.response()["error"]
+        return UpstreamError(told["message"], code=told["code"], status=_STATUSES.get(told["code"]))
 
     def cancel(self, reason: IngressError) -> None:
         """Stop the backend and end the response: cancelled where `reason` is `Cancelled`, else failed."""
@@ -289,6 +298,10 @@ class Run:
         """The ending cannot be committed: tell that, instead of an ending nobody would find later."""
         self.error = error
         self._drop_timer()
+        if not self.feed.events and not self._builder.ended:
+            self._feed_failure(error)
+            self._publish()
+            return
         number = len(self.feed.events)
         response = {**self._envelope, "status": "failed", "error": error.detail()}
         event = {"type": "response.failed", "sequence_number": number, "response": response}

@@ -99,7 +99,7 @@ class Runner:
             return await delete_response(connection, tenant, response_id)
 
     async def create(self, request: Request, caller: Caller) -> Run:
-        """Begin a response. Whatever is wrong with the request is raised before anything is written."""
+        """Begin a response. What is wrong with the request itself is raised before anything is written."""
         if self._closing or len(self._runs) >= self._limits.max_runs:
             raise Busy("The server is at its limit of running responses. Try again soon.", retry_after=1)
         backend, model = find_route(self._routes, request.model)
@@ -162,7 +162,7 @@ class Runner:
         loop = asyncio.get_running_loop()
         left = deadline - loop.time()
         if left <= 0:
-            raise Busy("Another turn is running on this thread. Try again soon.", retry_after=2)
+            raise Busy(f"{busy.message} Try again soon.", retry_after=2)
         run = self._runs.get(busy.running)
         if run is None:
             await asyncio.sleep(min(_POLL, left))

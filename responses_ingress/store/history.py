@@ -7,7 +7,7 @@ branch; payloads come back as the bytes they were stored as. Every function name
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Executable, Row, and_, bindparam, select
+from sqlalchemy import Executable, Row, and_, bindparam, case, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql import ColumnElement
 
@@ -55,14 +55,16 @@ def _on_branch(*columns: ColumnElement[Any]) -> Executable:
     """`columns` of the items on `:branch` from position `:first` up to `:stop`, in order.
 
     A branch begins at `parent_position`; what lies below is on its parent. The recursion walks up the
-    parents, each cut off where its child begins.
+    parents, each cut off where its child begins, or where that one was cut off if that is lower: a fork
+    may begin below the place where its parent did.
     """
     leaf = (
         select(branches.c.id, branches.c.parent_branch, branches.c.parent_position, bindparam("stop").label("stop"))
         .where(branches.c.id == bindparam("branch"))
         .cte("line", recursive=True)
     )
-    parent = select(branches.c.id, branches.c.parent_branch, branches.c.parent_position, leaf.c.parent_position).where(
+    cut = case((leaf.c.parent_position < leaf.c.stop, leaf.c.parent_position), else_=leaf.c.stop)
+    parent = select(branches.c.id, branches.c.parent_branch, branches.c.parent_position, cut).where(
         and_(branches.c.id == leaf.c.parent_branch, leaf.c.parent_position > bindparam("first"))
     )
     line = leaf.union_all(parent)

@@ -41,6 +41,8 @@ class StoredResponse(NamedTuple):
     error: bytes | None
     usage: bytes | None
     incomplete: str | None
+    previous_response_id: str | None
+    background: bool
     store: bool
     epoch: int
     created_at: int
@@ -93,6 +95,9 @@ def envelope_of(row: StoredResponse) -> Envelope:
         "created_at": row.created_at,
         "status": row.status,
         "model": row.model,
+        "background": row.background,
+        "store": row.store,
+        "previous_response_id": row.previous_response_id,
         "completed_at": row.completed_at,
         "error": orjson.loads(row.error) if row.error else None,
         "usage": orjson.loads(row.usage) if row.usage else None,

@@ -152,6 +152,8 @@ def begin(new: NewResponse, placement: Placement, owner: Owner) -> Unit[None]:
     """
 
     def apply(batch: Batch) -> None:
+        if new.previous_response_id is not None and new.previous_response_id not in batch.leases:
+            raise PlacementOutdated  # deleted since it was read, and maybe its items with it
         if placement.exclusive:
             _take_thread(batch, new, placement, owner)
         elif placement.branch_id == placement.new_branch:
@@ -161,9 +163,12 @@ def begin(new: NewResponse, placement: Placement, owner: Owner) -> Unit[None]:
             batch.add(_INSERT_PREAMBLE, tenant=placement.tenant, digest=digest, payload=payload)
         _add_response(batch, new, placement, owner)
 
-    if not placement.exclusive:
-        return Unit(apply)
-    return Unit(apply, threads=(placement.thread_id,), branches=placement.seen[:1] if placement.seen else ())
+    return Unit(
+        apply,
+        responses=(new.previous_response_id,) if new.previous_response_id else (),
+        threads=(placement.thread_id,) if placement.exclusive else (),
+        branches=placement.seen[:1] if placement.seen else (),
+    )
 
 
 def _take_thread(batch: Batch, new: NewResponse, placement: Placement, owner: Owner) -> None:
@@ -180,12 +185,13 @@ def _take_thread(batch: Batch, new: NewResponse, placement: Placement, owner: Ow
     if branch is None or placement.seen != (branch.id, branch.head):
         raise PlacementOutdated
     thread.running, thread.lease_until = new.id, batch.now + owner.lease
+    thread.lineage = new.lineage or thread.lineage
     batch.set_thread(thread)
 
 
 def _add_thread(batch: Batch, new: NewResponse, placement: Placement, owner: Owner) -> None:
     lease_until = batch.now + owner.lease
-    thread = Thread(placement.thread_id, placement.tenant, placement.new_branch, new.id, lease_until)
+    thread = Thread(placement.thread_id, placement.tenant, placement.new_branch, new.id, lease_until, new.lineage)
     batch.add(
         _INSERT_THREAD,
         id=thread.id,
@@ -194,7 +200,7 @@ def _add_thread(batch: Batch, new: NewResponse, placement: Placement, owner: Own
         active_branch=thread.active_branch,
         running=thread.running,
         lease_until=lease_until,
-        lineage=new.lineage,
+        lineage=thread.lineage,
         memory=None,
         created_at=new.created_at,
         updated_at=new.created_at,

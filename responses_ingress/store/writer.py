@@ -52,6 +52,7 @@ class Thread:
     active_branch: str
     running: str | None
     lease_until: float
+    lineage: bytes | None
 
 
 @dataclass(slots=True)
@@ -93,13 +94,14 @@ class Batch:
         self.add(_MOVE_HEAD, branch=branch.id, new_head=head)
 
     def set_thread(self, thread: Thread) -> None:
-        """Write the thread's lease and active branch as they are now."""
+        """Write the thread as it is now."""
         self.add(
             _SET_THREAD,
             thread=thread.id,
             set_branch=thread.active_branch,
             set_running=thread.running,
             set_lease=thread.lease_until,
+            set_lineage=thread.lineage,
             set_updated=int(self.now),
         )
 
@@ -118,6 +120,7 @@ _SET_THREAD = (
         active_branch=bindparam("set_branch"),
         running=bindparam("set_running"),
         lease_until=bindparam("set_lease"),
+        lineage=bindparam("set_lineage"),
         updated_at=bindparam("set_updated"),
     )
 )
@@ -164,7 +167,7 @@ def _query(table: Table, *columns: str) -> Executable:
 
 
 _LEASES = _query(responses, "id", "epoch", "status")
-_THREADS = _query(threads, "id", "tenant", "active_branch", "running", "lease_until")
+_THREADS = _query(threads, "id", "tenant", "active_branch", "running", "lease_until", "lineage")
 _BRANCHES = _query(branches, "id", "thread_id", "head")
 
 
@@ -271,7 +274,7 @@ class Writer:
         for row in await _fetch(connection, _LEASES, (id for unit in units for id in unit.responses)):
             batch.leases[row.id] = Lease(row.epoch, row.status)
         for row in await _fetch(connection, _THREADS, (id for unit in units for id in unit.threads)):
-            batch.threads[row.id] = Thread(row.id, row.tenant, row.active_branch, row.running, row.lease_until)
+            batch.threads[row.id] = Thread(**row._mapping)
         for row in await _fetch(connection, _BRANCHES, (id for unit in units for id in unit.branches)):
             batch.branches[row.id] = Branch(row.id, row.thread_id, row.head)
         return batch

@@ -27,14 +27,13 @@ _MARGIN = 8  # levels of nesting that we put around a client's JSON when we stor
 
 @dataclass(slots=True)
 class Exchange:
-    """A request and its answer. `tenant` is set once the caller is known."""
+    """A request and its answer."""
 
     scope: Scope
     receive: Receive
     send: Send
     request_id: str
     headers: Mapping[str, str]
-    tenant: str = ""
     extra_headers: list[tuple[bytes, bytes]] = field(default_factory=list)
     answered: bool = False
 

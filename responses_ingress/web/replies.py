@@ -67,8 +67,9 @@ async def reply_json(exchange: Exchange, run: Run) -> None:
         await follower.end()
     if not run.ended.done():
         return  # the client left
-    if run.error is not None and not isinstance(run.error, Cancelled):
-        raise run.error
+    failure = run.failure()
+    if failure is not None and not isinstance(failure, Cancelled):
+        raise failure
     await exchange.reply(run.response())
 
 

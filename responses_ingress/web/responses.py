@@ -17,6 +17,7 @@ from responses_ingress.errors import InvalidValue, NotFound
 from responses_ingress.runs.runner import Runner
 from responses_ingress.store.database import Database
 from responses_ingress.store.responses import (
+    RUNNING,
     StoredResponse,
     envelope_of,
     find_response,
@@ -36,11 +37,13 @@ _DEFAULT_PAGE, _MOST_PAGE = 20, 100
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """max_body: bytes of a body, packed and unpacked. strict: refuse unknown fields."""
+    """max_body: bytes of a body, packed and unpacked. strict: refuse unknown fields. extra: fields beyond
+    the API's that some upstream is given."""
 
     max_body: int = 64 * 1024 * 1024
     max_items: int = 10_000
     strict: bool = False
+    extra: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,8 @@ class Responses:
     async def create(self, exchange: Exchange) -> None:
         tenant, bearer = self.keyring.tenant(exchange.headers)
         body = await read_json(exchange, self.limits.max_body)
-        request = parse_request(body, max_items=self.limits.max_items, strict=self.limits.strict)
+        limits = self.limits
+        request = parse_request(body, max_items=limits.max_items, strict=limits.strict, extra=limits.extra)
         caller = read_caller(exchange.headers, tenant, bearer)
         run = await self.runner.create(request, caller)
         if request.unknown:
@@ -96,7 +100,7 @@ class Responses:
     async def _read(self, row: StoredResponse) -> Envelope:
         """The response as it is now: as this process sees it, as the journal tells it, or as it ended."""
         run = self.runner.get(row.id)
-        if run is not None:
+        if run is not None and run.status in RUNNING:  # its ending counts when it is committed
             return run.response()
         envelope = envelope_of(row)
         async with self.database.reading() as connection:

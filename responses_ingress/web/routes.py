@@ -83,6 +83,17 @@ class Endpoint:
         await answer(exchange, self.find(scope["state"]["web"]))
 
 
+@dataclass(frozen=True, slots=True)
+class Path:
+    """The endpoints of one path, by method."""
+
+    endpoints: Mapping[str, Endpoint]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        await self.endpoints[method](scope, receive, send)
+
+
 def build(open_web: Callable[[], AbstractAsyncContextManager[Web]], ids: Ids) -> ASGIApp:
     """The application. `open_web` is entered when the server starts and left when it stops."""
 
@@ -91,33 +102,45 @@ def build(open_web: Callable[[], AbstractAsyncContextManager[Web]], ids: Ids) ->
         async with open_web() as web:
             yield {"web": web}
 
-    endpoints = {(method, path): Endpoint(find, ids) for method, path, find in _ROUTES}
-    routes = [Route(path, endpoint, methods=[method]) for (method, path), endpoint in endpoints.items()]
-    starlette = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_route})
+    def no_route(request: Request, error: Exception) -> Response:
+        return _no_route(request, error, ids.request())
+
+    endpoints: dict[str, dict[str, Endpoint]] = {}
+    for method, path, find in _ROUTES:
+        endpoints.setdefault(path, {})[method] = Endpoint(find, ids)
+    routes = [Route(path, Path(methods), methods=list(methods)) for path, methods in endpoints.items()]
+    starlette = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: no_route})
     starlette.router.redirect_slashes = False
+    hot_method, hot_path = _HOT
+    hot = endpoints[hot_path][hot_method]
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
-            await _refuse_upgrade(send)
-        elif scope["type"] == "http" and (scope["method"], scope["path"]) == _HOT:
-            await endpoints[_HOT](scope, receive, send)
+            await _refuse_upgrade(send, ids.request())
+        elif scope["type"] == "http" and scope["path"] == hot_path and scope["method"] == hot_method:
+            await hot(scope, receive, send)
         else:
             await starlette(scope, receive, send)
 
     return app
 
 
-def _no_route(request: Request, error: Exception) -> Response:
+def _no_route(request: Request, error: Exception, request_id: str) -> Response:
     """Starlette's 404 and 405, in our words."""
     refusal: IngressError = NotFound(f"There is nothing at {request.url.path[:200]}.")
-    headers = None
+    headers = {"x-request-id": request_id}
     if isinstance(error, HTTPException) and error.status_code == 405:
-        refusal, headers = NotAllowed(f"{request.method} is not allowed here."), error.headers
+        refusal = NotAllowed(f"{request.method} is not allowed here.")
+        headers |= error.headers or {}
     return JSONResponse(refusal.body(), refusal.status, headers)
 
 
-async def _refuse_upgrade(send: Send) -> None:
+async def _refuse_upgrade(send: Send, request_id: str) -> None:
     refusal = UpgradeRequired("This server speaks Responses over HTTP only.")
-    headers = [(b"content-type", b"application/json"), (b"upgrade", b"HTTP/1.1")]
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"upgrade", b"HTTP/1.1"),
+        (b"x-request-id", request_id.encode()),
+    ]
     await send({"type": "websocket.http.response.start", "status": refusal.status, "headers": headers})
     await send({"type": "websocket.http.response.body", "body": orjson.dumps(refusal.body())})

@@ -130,7 +130,8 @@ def parsed(builder: Builder) -> list[Json]:
     return [orjson.loads(event.data) for event in builder.take()]
 
 
-texts = st.text(max_size=6)
+# Characters that JSON, SSE or UTF-8 treat in a way of their own; all of Unicode takes long to set up.
+texts = st.text('ab"\\\n\r\0é\u2028😀', max_size=6)
 logprobs = st.none() | st.lists(
     st.fixed_dictionaries({"token": texts, "logprob": st.just(-0.5)}), min_size=1, max_size=2
 )

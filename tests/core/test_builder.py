@@ -109,6 +109,17 @@ def test_the_response_object_is_that_of_the_terminal_event(deltas: list[Delta]) 
     assert parsed(builder)[-1]["response"] == builder.response()
 
 
+@settings(max_examples=30)
+@given(legal_deltas(), st.sampled_from([ENVELOPE, QUEUED]))
+def test_a_silent_builder_tells_the_same_but_makes_no_events(deltas: list[Delta], envelope: Json) -> None:
+    loud, silent = build(deltas, envelope), Builder(envelope, silent=True)
+    silent.start()
+    for delta in deltas:
+        silent.feed(delta)
+    assert silent.take() == []
+    assert (silent.number, silent.response(), silent.output) == (loud.number, loud.response(), loud.output)
+
+
 # Events
 
 

@@ -97,6 +97,12 @@ def test_the_deltas_of_calls() -> None:
     ]
 
 
+@pytest.mark.parametrize("arguments", [None, {"a": 1}, 5])
+def test_a_field_that_is_no_text_does_not_stream(arguments: Any) -> None:
+    item = {**call(), "arguments": arguments}
+    assert deltas_of([item]) == [Open(0, call()), Close(0, item)]
+
+
 def test_annotations_and_logprobs_of_a_part() -> None:
     deltas = deltas_of([{**message(), "content": [CITED]}])
     assert deltas[1:4] == [

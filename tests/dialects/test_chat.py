@@ -85,7 +85,7 @@ def test_not_streamed() -> None:
         ({"temperature": 0, "top_p": 0.5}, {"temperature": 0, "top_p": 0.5}),
         ({"presence_penalty": 1, "frequency_penalty": -1}, {"presence_penalty": 1, "frequency_penalty": -1}),
         ({"temperature": None, "text": None, "reasoning": None, "include": None, "top_logprobs": None}, {}),
-        ({"max_output_tokens": 64}, {"max_completion_tokens": 64}),
+        ({"max_output_tokens": 64}, {"max_tokens": 64}),
         ({"reasoning": {"effort": "high", "summary": "auto"}}, {"reasoning_effort": "high"}),
         ({"reasoning": {"effort": None}}, {}),
         ({"text": {"verbosity": "low", "format": {"type": "text"}}}, {"verbosity": "low"}),

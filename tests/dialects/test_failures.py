@@ -69,14 +69,14 @@ def test_statuses(status: int, ours: int) -> None:
         (
             400,
             {"error": {"message": "Bad", "type": "invalid_request_error", "code": None}},
-            "upstream_error",
+            "upstream_refused",
             "Bad.",
         ),
-        (400, {"error": {"message": "Bad", "code": 400}}, "upstream_error", "Bad."),
-        (400, {"object": "error", "message": "Bad", "type": "BadRequestError"}, "upstream_error", "Bad."),
-        (422, {"detail": [{"loc": ["body"], "msg": "field required"}]}, "upstream_error", "field required."),
-        (422, {"detail": "no"}, "upstream_error", "no."),
-        (400, {"error": "why not?"}, "upstream_error", "why not?"),
+        (400, {"error": {"message": "Bad", "code": 400}}, "upstream_refused", "Bad."),
+        (400, {"object": "error", "message": "Bad", "type": "BadRequestError"}, "upstream_refused", "Bad."),
+        (422, {"detail": [{"loc": ["body"], "msg": "field required"}]}, "upstream_refused", "field required."),
+        (422, {"detail": "no"}, "upstream_refused", "no."),
+        (400, {"error": "why not?"}, "upstream_refused", "why not?"),
         (429, {"error": {"message": "Slow down", "code": 429}}, "rate_limit_exceeded", "Slow down."),
         (
             429,
@@ -93,8 +93,8 @@ def test_statuses(status: int, ours: int) -> None:
             "upstream_error",
             "Provider returned error It burns.",
         ),
-        (401, {"error": {"message": "Wrong key", "code": "invalid_api_key"}}, "upstream_error", "Wrong key."),
-        (403, {"error": {"message": "No", "type": "permission_error"}}, "upstream_error", "No."),
+        (401, {"error": {"message": "Wrong key", "code": "invalid_api_key"}}, "upstream_refused", "Wrong key."),
+        (403, {"error": {"message": "No", "type": "permission_error"}}, "upstream_refused", "No."),
     ],
 )
 def test_code_and_message(status: int, body: Any, code: str, message: str) -> None:

@@ -99,16 +99,16 @@ class Way:
 
 async def read(database: Database, statement: str) -> None:
     async with database.reading() as connection:
-        await connection.execute(text(statement))
+        await connection.execute(text(statement), {"x": 1})
 
 
 async def transact(database: Database, statement: str) -> None:
     async with database.transaction() as connection:
-        await connection.execute(text(statement))
+        await connection.execute(text(statement), {"x": 1})
 
 
 async def submit(database: Database, statement: str) -> None:
-    await database.submit(Unit(lambda batch: batch.add(text(statement))))
+    await database.submit(Unit(lambda batch: batch.add(text(statement), x=1)))
 
 
 WAYS = [Way("reading", read), Way("a transaction", transact), Way("a unit", submit)]
@@ -117,7 +117,7 @@ WAYS = [Way("reading", read), Way("a transaction", transact), Way("a unit", subm
 @pytest.mark.parametrize("way", WAYS, ids=str)
 async def test_a_failure_of_the_database_is_told_as_one_to_try_again(desk: Desk, way: Way) -> None:
     with pytest.raises(StoreUnavailable) as caught:
-        await way.use(desk.database, "INSERT INTO no_such_table (x) VALUES (1)")
+        await way.use(desk.database, "INSERT INTO no_such_table (x) VALUES (:x)")
     assert caught.value.status == 503
     assert caught.value.retry_after
     assert "no_such_table" not in caught.value.message
