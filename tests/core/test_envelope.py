@@ -13,21 +13,26 @@ from responses_ingress.core.request import parse_request
 
 Json = dict[str, Any]
 
+
+def words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # What Open Responses requires of a ResponseResource, and which of these may be null.
-REQUIRED = frozenset(
-    "id object created_at completed_at status incomplete_details model previous_response_id instructions output error"
-    " tools tool_choice truncation parallel_tool_calls text top_p presence_penalty frequency_penalty top_logprobs"
-    " temperature reasoning usage max_output_tokens max_tool_calls store background service_tier metadata"
-    " safety_identifier prompt_cache_key".split()
+REQUIRED = words(
+    "id object created_at completed_at status incomplete_details model previous_response_id instructions output "
+    "error tools tool_choice truncation parallel_tool_calls text top_p presence_penalty frequency_penalty "
+    "top_logprobs temperature reasoning usage max_output_tokens max_tool_calls store background service_tier "
+    "metadata safety_identifier prompt_cache_key"
 )
-NULLABLE = frozenset(
-    "completed_at incomplete_details previous_response_id instructions error reasoning usage max_output_tokens"
-    " max_tool_calls safety_identifier prompt_cache_key".split()
+NULLABLE = words(
+    "completed_at incomplete_details previous_response_id instructions error reasoning usage max_output_tokens "
+    "max_tool_calls safety_identifier prompt_cache_key"
 )
 # Those that have a column of their own, or are stored as items.
-ELSEWHERE = frozenset(
-    "id created_at status model background store previous_response_id output usage error completed_at"
-    " incomplete_details".split()
+ELSEWHERE = words(
+    "id created_at status model background store previous_response_id output usage error completed_at "
+    "incomplete_details"
 )
 FUNCTION: Json = {"type": "function", "name": "ls"}
 

@@ -130,6 +130,7 @@ def test_half_a_call_is_never_told_as_done(status: str, left_out: str) -> None:
     final = {**events[-1]["response"], "output": [] if left_out == "output" else [half]}
     again = rebuilt(without(left_out, [*events[:-1], done, done, {**events[-1], "response": final}]))
     assert not [event for event in again if event["type"].endswith(".done")]
+    assert "".join(event.get("delta", "") for event in again) == half["arguments"]
     assert again[-1]["response"]["output"] == [half]
 
 

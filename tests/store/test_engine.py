@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def test_a_url_tells_whether_it_is_sqlite(url: str, yes: bool) -> None:
 @pytest.mark.parametrize("make", [read_engine, write_engine])
 @pytest.mark.parametrize(("synchronous", "level"), [("normal", 1), ("full", 2)])
 async def test_sqlite_writes_ahead_and_waits_for_other_writers(
-    migrated_database: str, make: type[AsyncEngine], synchronous: str, level: int
+    migrated_database: str, make: Callable[[str, str], AsyncEngine], synchronous: str, level: int
 ) -> None:
     engine = make(migrated_database, synchronous)
     async with engine.connect() as connection:

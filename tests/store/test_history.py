@@ -102,12 +102,21 @@ async def test_forks_of_a_session_are_read_with_one_statement_each_turn(
     assert await desk.count("branches") == 30
 
 
-TREE = [("root", None, 0, 4), ("left", "root", 2, 3), ("right", "root", 4, 1), ("leaf", "left", 5, 2)]
+TREE = [
+    ("root", None, 0, 4),
+    ("left", "root", 2, 3),
+    ("right", "root", 4, 1),
+    ("leaf", "left", 5, 2),
+    ("low", "leaf", 1, 2),  # begins before its parent and its parent's parent do
+    ("anew", "leaf", 0, 2),
+]
 LINES = {
     "root": ["root/0", "root/1", "root/2", "root/3"],
     "left": ["root/0", "root/1", "left/0", "left/1", "left/2"],
     "right": ["root/0", "root/1", "root/2", "root/3", "right/0"],
     "leaf": ["root/0", "root/1", "left/0", "left/1", "left/2", "leaf/0", "leaf/1"],
+    "low": ["root/0", "low/0", "low/1"],
+    "anew": ["anew/0", "anew/1"],
 }
 
 
@@ -118,8 +127,7 @@ async def test_a_slice_of_a_branch_is_that_slice_of_its_history(
     for place in TREE:
         await make_branch(desk, *place)
     line = LINES[branch]
-    begins = {id: at for id, _, at, _ in TREE}[branch]
-    for stop in range(begins, len(line) + 1):
+    for stop in range(len(line) + 1):
         for first in range(stop + 1):
             assert texts(await read_payloads(connection, branch, first, stop)) == line[first:stop]
     assert [stored.digest.decode() for stored in await read_digests(connection, branch, len(line))] == line

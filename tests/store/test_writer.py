@@ -172,11 +172,12 @@ async def test_the_facts_of_all_units_are_read_with_one_query_each(bench: Bench)
 
     await asyncio.gather(*(bench.submit(opens(f"b{number}")) for number in range(9)))
     statements = bench.statements()
-    units = [
-        Unit(lambda batch, id=f"b{number}": batch.branches[id].head, branches=(f"b{number}", "b0", "no such branch"))
-        for number in range(9)
-    ]
-    assert await asyncio.gather(*(bench.writer.submit(unit) for unit in units)) == [3] * 9
+
+    def head_of(branch: str) -> Unit[int]:
+        return Unit(lambda batch: batch.branches[branch].head, branches=(branch, "b0", "no such branch"))
+
+    found = await asyncio.gather(*(bench.writer.submit(head_of(f"b{number}")) for number in range(9)))
+    assert found == [3] * 9
     assert len(statements) == 1
 
 
@@ -195,7 +196,11 @@ async def test_a_unit_that_refuses_costs_the_others_nothing(bench: Bench) -> Non
 
 async def test_units_are_applied_in_the_order_they_came(bench: Bench) -> None:
     order: list[int] = []
-    await asyncio.gather(*(bench.submit(lambda batch, n=number: order.append(n)) for number in range(300)))
+
+    def noted(number: int) -> Callable[[Batch], None]:
+        return lambda batch: order.append(number)
+
+    await asyncio.gather(*(bench.submit(noted(number)) for number in range(300)))
     assert order == list(range(300))
 
 
@@ -207,7 +212,8 @@ async def test_a_unit_sees_what_those_before_it_in_its_batch_decided(bench: Benc
         batch.move_head(batch.branches["b"], batch.branches["b"].head + 2)
         return batch.branches["b"].head
 
-    assert await asyncio.gather(bench.submit(opens), bench.submit(moves), bench.submit(moves)) == [None, 2, 4]
+    futures = [bench.submit(apply) for apply in (opens, moves, moves)]
+    assert [await future for future in futures] == [None, 2, 4]
     assert await bench.writer.submit(Unit(lambda batch: batch.branches["b"].head, branches=("b",))) == 4
 
 

@@ -177,11 +177,15 @@ async def test_an_incomplete_response_is_a_response_in_a_json_reply(site: Site) 
     assert (answer.status, answer.json["status"]) == (200, "incomplete")
 
 
-@pytest.mark.xfail(reason="replies.py: reply_json knows only errors that were raised, not a Finish that tells one")
-async def test_a_response_that_the_backend_ended_as_failed_is_an_http_error_too(site: Site) -> None:
-    answer = await site.create([Accepted(), Finish("failed", error={"code": "server_error", "message": "It broke."})])
-    assert answer.status >= 500
-    assert answer.error["message"] == "It broke."
+@pytest.mark.parametrize(
+    ("code", "status"), [("server_error", 502), ("rate_limit_exceeded", 429), ("context_length_exceeded", 400)]
+)
+async def test_a_response_that_the_backend_ended_as_failed_is_an_http_error_too(
+    site: Site, code: str, status: int
+) -> None:
+    answer = await site.create([Accepted(), Finish("failed", error={"code": code, "message": "It broke."})])
+    assert answer.status == status
+    assert (answer.error["code"], answer.error["message"]) == (code, "It broke.")
 
 
 # Clients that leave.
