@@ -65,6 +65,13 @@ def test_what_we_send_we_read_back(deltas: list[Delta], envelope: Json) -> None:
     assert events_of(read(events), envelope) == events
 
 
+def test_logprobs_come_with_their_text() -> None:
+    scored = Text(0, "a", [{"token": "a", "logprob": -0.5}])
+    events = events_of([Open(0, message()), Part(0, "output_text"), scored, Close(0), DONE])
+    assert scored in read(events)
+    assert Text(0, "a") in read([{**event, "logprobs": "odd"} for event in events])
+
+
 def test_the_envelope_is_the_response_as_created() -> None:
     reader = ResponsesReader()
     for event in EVENTS:

@@ -236,7 +236,7 @@ def test_a_part_that_does_not_stream() -> None:
 
 
 def test_text_for_what_is_over_is_dropped() -> None:
-    late = [event for event in EVENTS if event["type"].endswith(("delta", "annotation.added"))]
+    late = [event for event in EVENTS if event["type"].endswith(("delta", "annotation.added", "done"))]
     assert rebuilt([*EVENTS[:-1], *late, EVENTS[-1]]) == EVENTS
 
 
