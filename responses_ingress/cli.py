@@ -8,6 +8,7 @@ that a flag can say can be said in the file and the environment too.
 import asyncio
 import math
 import os
+import re
 import sys
 from collections.abc import Awaitable
 from copy import deepcopy
@@ -82,11 +83,17 @@ def _announce(settings: Settings) -> None:
     click.echo(f"Database  {migrations.shown(settings.database_url)}")
     for name, upstream in settings.effective_upstreams.items():
         click.echo(f"Upstream  {_title(name, upstream)}")
-    click.echo(f"Address   http://{host}:{settings.port}/v1")
+    port = settings.port or "<a free port, named below>"
+    click.echo(f"Address   http://{host}:{port}/v1")
 
 
 def _title(name: str, upstream: Upstream) -> str:
-    return f"{name} ({upstream.kind}{f', {upstream.url}' if upstream.url else ''})"
+    return f"{name} ({upstream.kind}{f', {_shown(upstream.url)}' if upstream.url else ''})"
+
+
+def _shown(url: str) -> str:
+    """The URL as a person may see it: without name and password."""
+    return re.sub(r"(?<=://)[^/?#]*@", "***@", url)
 
 
 def _server_options(settings: Settings) -> dict[str, Any]:

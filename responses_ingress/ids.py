@@ -83,6 +83,11 @@ def named_thread(tenant: str, key: str) -> str:
     return f"thread_{digest[:16]}{_NAMED}{digest[16:]}"
 
 
+def is_named(thread_id: str) -> bool:
+    """Whether a client has named the thread, so that it has a row."""
+    return thread_id[-34:-32] == _NAMED
+
+
 def partition_of(id: str) -> str:
     """The partition an id of ours carries, or "" where it carries none."""
     _, _, tail = id.rpartition("_")

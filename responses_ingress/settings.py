@@ -38,7 +38,9 @@ PREFIX = "RESPONSES_INGRESS_"
 CONFIG = f"{PREFIX}CONFIG"
 
 # The configuration file itself, and what the test suite is told.
-_NOT_SETTINGS = frozenset({CONFIG, f"{PREFIX}RECORDINGS", f"{PREFIX}CONTRACT", f"{PREFIX}TEST_CACHE"})
+_NOT_SETTINGS = frozenset(
+    {CONFIG} | {f"{PREFIX}{name}" for name in ("RECORDINGS", "CONTRACT", "TEST_CACHE", "TEST_POSTGRES")}
+)
 _DRIVERS = {
     "sqlite": "sqlite+aiosqlite",
     "sqlite+aiosqlite": "sqlite+aiosqlite",
@@ -159,7 +161,7 @@ class Settings(BaseSettings):
     thread_wait: NonNegativeFloat = 30.0
     """Seconds a session's request waits for the thread's running turn, before it gets 503."""
     lease: PositiveFloat = 30.0
-    """Seconds after which a run of a silent worker counts as abandoned and is taken over."""
+    """Seconds after which a run of a silent worker counts as abandoned and is closed as failed."""
     max_body: PositiveInt = 64 * 1024 * 1024
     """Bytes a request body may have, unpacked."""
     max_items: PositiveInt = 10_000

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from sqlalchemy import URL, make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -22,6 +23,9 @@ from responses_ingress.store import migrate
 from tests.cache import missing
 
 POSTGRES = "RESPONSES_INGRESS_TEST_POSTGRES"
+settings.register_profile("house", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("house")
+
 _TEMPLATE = f"ingress_template_{os.getpid()}"
 _numbers = itertools.count()
 

@@ -99,6 +99,10 @@ def test_check_says_when_the_schema_is_there() -> None:
         ("database_url = 'sqlite:///no/folder/x.db'", "does not exist."),
         ("database_url = 'postgresql://u:secret@127.0.0.1:1/x'", "wrong  database: The database postgresql://u:***@"),
         (
+            "backend = 'chat'\nupstream = 'http://me:secret@127.0.0.1:1/v1'",
+            "wrong  upstream default (chat, http://***@127.0.0.1:1/v1)",
+        ),
+        (
             "backend = 'chat'\nupstream = 'http://127.0.0.1:1/v1'",
             "wrong  upstream default (chat, http://127.0.0.1:1/v1)",
         ),
@@ -109,6 +113,7 @@ def test_check_says_what_is_wrong(tmp_path: Path, settings: str, says: str) -> N
     result = run("check", "--config", "c.toml")
     assert result.exit_code == 1
     assert says in result.output
+    assert "secret" not in result.output
 
 
 def test_check_does_not_wait_for_ever(deaf_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,6 +130,17 @@ async def test_serve_says_where_it_is_and_stops_when_told(tmp_path: Path) -> Non
         assert f"Address   {server.url}" in server.log
         await server.terminate()
         assert "Application shutdown complete" in server.log
+
+
+def test_serve_names_neither_passwords_nor_a_port_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("uvicorn.run", lambda *_, **__: None)
+    database = f"sqlite:///{tmp_path}/x.db"
+    upstream = ("--backend", "chat", "--upstream", "http://me:secret@host/v1")
+    assert run("serve", "--database-url", database, "--port", "0", *upstream).output.splitlines() == [
+        f"Database  {database}",
+        "Upstream  default (chat, http://***@host/v1)",
+        "Address   http://127.0.0.1:<a free port, named below>/v1",
+    ]
 
 
 async def test_several_workers_have_the_settings_of_the_first(tmp_path: Path) -> None:

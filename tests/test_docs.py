@@ -15,11 +15,12 @@ from responses_ingress.cli import main
 from responses_ingress.core.channels import FIELDS, PARTS
 from responses_ingress.core.deltas import Delta
 from responses_ingress.core.envelope import open_envelope
-from responses_ingress.core.request import KNOWN_FIELDS, parse_request
+from responses_ingress.core.request import _MOST_NAME, KNOWN_FIELDS, parse_request
 from responses_ingress.core.turn import Turn
 from responses_ingress.dialects.chat import ChatOptions, encode
 from responses_ingress.settings import PREFIX, Route, Settings, Upstream, load
 from responses_ingress.store.tables import metadata
+from responses_ingress.web.exchange import _MOST_VALUES
 from responses_ingress.web.routes import _ROUTES
 from tests.test_rooms import EVERYTHING, ROOMS
 
@@ -158,7 +159,6 @@ SAMPLES: dict[str, Any] = {
     "instructions": "Be brief.",
     "previous_response_id": "resp_1",
     "store": False,
-    "background": True,
     "stream": True,
     "stream_options": {"include_obfuscation": True},
     "include": ["message.output_text.logprobs"],
@@ -188,7 +188,7 @@ SAMPLES: dict[str, Any] = {
     "image": {"some": "image"},
     "client_metadata": {"some": "client"},
 }
-"""Each field with a value that could make a difference. The two that are missing are refused."""
+"""Each field with a value that could make a difference. Those that are missing are refused."""
 
 
 def fates() -> dict[str, set[str]]:
@@ -239,6 +239,11 @@ def sent(error: type[errors.IngressError] = errors.IngressError) -> Iterator[typ
         yield error
         for kind in error.__subclasses__():
             yield from sent(kind)
+
+
+def test_the_fixed_limits_are_those_of_the_program() -> None:
+    limits = [row[1] for row in table(API, "## Limits")]
+    assert {f"{_MOST_VALUES:,}", f"{_MOST_NAME} characters"} <= set(limits)
 
 
 def test_every_error_is_described() -> None:

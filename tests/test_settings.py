@@ -63,7 +63,7 @@ def test_an_empty_variable_is_none() -> None:
 
 
 def test_the_test_suites_own_variables_are_let_be() -> None:
-    assert load(None, {}, variables(recordings="/r", contract="/c", test_cache="/t")).port == 8080
+    assert load(None, {}, variables(recordings="/r", contract="/c", test_cache="/t", test_postgres="p")).port == 8080
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,10 @@ def upgrade() -> None:
         sa.Column("completed_at", sa.BigInteger()),
         sa.PrimaryKeyConstraint("id", name="pk_responses"),
     )
+    told = sa.text("preamble IS NOT NULL")
+    op.create_index(
+        "ix_responses_preamble", "responses", ["tenant", "preamble"], sqlite_where=told, postgresql_where=told
+    )
     running = sa.text("status IN ('queued', 'in_progress')")
     op.create_index(
         "ix_responses_running", "responses", ["lease_until"], sqlite_where=running, postgresql_where=running

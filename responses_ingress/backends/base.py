@@ -47,4 +47,4 @@ def find_route(routes: Sequence[Route], model: str) -> tuple[Backend, str]:
     for route in routes:
         if fnmatchcase(model, route.pattern):
             return route.backend, route.model or model
-    raise ModelNotFound(f"The requested model '{model}' does not exist.", param="model")
+    raise ModelNotFound(f"The requested model '{model[:200]}' does not exist.", param="model")

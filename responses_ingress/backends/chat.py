@@ -18,12 +18,27 @@ from responses_ingress.dialects.chat import ChatOptions, encode
 from responses_ingress.dialects.chat_reader import ChatReader
 from responses_ingress.dialects.failures import read_error
 from responses_ingress.dialects.sse import Parser, ServerEvent
-from responses_ingress.errors import UpstreamInvalid
+from responses_ingress.errors import UpstreamInvalid, UpstreamTimeout, UpstreamTruncated
 
 logger = logging.getLogger(__name__)
 
 _PORTION = 64  # chunks
 _DONE = b"[DONE]"
+
+_AFTERMATH = 5.0
+"""Seconds that a server may take, after the finish reason, to tell the usage and to end."""
+
+_LISTING = 5.0
+"""Seconds that a server may take to list its models."""
+
+_HOSTED = frozenset(
+    (
+        *("web_search", "web_search_2025_08_26", "web_search_preview", "web_search_preview_2025_03_11"),
+        *("file_search", "code_interpreter", "image_generation", "mcp", "tool_search"),
+        *("computer", "computer_use_preview", "local_shell", "shell", "apply_patch"),
+    )
+)
+"""The hosted tools that are named in the log. Any other type is a client's invention, of any length."""
 
 
 class ChatBackend:
@@ -56,32 +71,46 @@ class ChatBackend:
                 async for deltas in batches:
                     yield deltas
         finally:
-            answer.close()
+            if reader.ended:
+                answer.leave()
+            else:
+                answer.close()
 
     def _tell(self, dropped: Sequence[str]) -> None:
         """Log each kind of tool that is left out, once: codex sends `web_search` with every request."""
-        new = [kind for kind in dropped if kind not in self._told]
+        new = {kind if kind in _HOSTED else "other" for kind in dropped} - self._told
         if new:
             self._told.update(new)
-            logger.info("upstream %s has no hosted tools; left out: %s", self.name, ", ".join(new))
+            logger.info("upstream %s has no hosted tools; left out: %s", self.name, ", ".join(sorted(new)))
 
     async def _read_stream(self, answer: Answer, reader: ChatReader) -> AsyncGenerator[Sequence[Delta], None]:
         parser = Parser()
-        async with aclosing(answer.chunks()) as chunks:
-            async for chunk in chunks:
-                events = parser.feed(chunk)
-                for start in range(0, len(events), _PORTION):
-                    deltas, ended = _read_events(events[start : start + _PORTION], reader)
-                    if deltas:
-                        yield deltas
-                    if ended:
-                        return
-                    if start + _PORTION < len(events):
-                        await asyncio.sleep(0)
+        try:
+            async with aclosing(answer.chunks()) as chunks:
+                async for chunk in chunks:
+                    events = parser.feed(chunk)
+                    for start in range(0, len(events), _PORTION):
+                        deltas, ended = _read_events(events[start : start + _PORTION], reader)
+                        if deltas:
+                            yield deltas
+                        if ended:
+                            return
+                        if start + _PORTION < len(events):
+                            await asyncio.sleep(0)
+                    if reader.finished:
+                        answer.hurry(_AFTERMATH)
+        except (UpstreamTruncated, UpstreamTimeout):
+            # All that was to be said has been said: how the connection ends does not matter.
+            if not reader.finished:
+                raise
         yield reader.end()
 
     async def models(self) -> Sequence[str]:
-        listed = await self._client.get_json("/models")
+        try:
+            async with asyncio.timeout(_LISTING):
+                listed = await self._client.get_json("/models")
+        except TimeoutError:
+            raise UpstreamTimeout(f"The upstream '{self.name}' took too long to list its models.") from None
         entries = listed.get("data") if isinstance(listed, dict) else None
         if not isinstance(entries, list):
             raise UpstreamInvalid(f"The upstream '{self.name}' does not list its models.")

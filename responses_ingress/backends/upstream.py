@@ -2,12 +2,19 @@
 
 What must stay true: nothing of one tenant's exchange is kept for another (no cookies); no time limit
 cuts a live stream; a request is sent again only where the server cannot have begun it, once; cancelling
-closes the upstream's connection at once. It must not know what is sent.
+closes the upstream's connection at once; no error shows where the upstream is, since a URL may hold a
+password. It must not know what is sent.
 """
 
+import asyncio
+import logging
+import time
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from datetime import UTC
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -25,8 +32,19 @@ from responses_ingress.errors import (
     UpstreamUnreachable,
 )
 
+logger = logging.getLogger(__name__)
+
 _MOST_ERROR = 64 * 1024
-_MOST_JSON = 256 * 1024 * 1024
+_MOST = 256 * 1024 * 1024
+"""Bytes of one answer, streamed or not."""
+
+_STALE = 1.0
+"""Seconds in which a connection that was stale breaks; later the server may have begun to work."""
+
+_REST = 0.05
+"""Seconds that an answer which is over is given to end on the wire too, so that its connection is kept."""
+
+_LONGEST_WAIT = 999_999
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +76,8 @@ class Upstream:
         return {"content-type": "application/json", **authorization, **self.headers}
 
 
-_reused: ContextVar[bool] = ContextVar("reused")
-"""Whether the connection that the current task's request was given had been used before."""
+_reused: ContextVar[float | None] = ContextVar("reused")
+"""When the current task's request was given a connection that had been used before; None for a new one."""
 
 
 class _Connector(aiohttp.TCPConnector):
@@ -71,7 +89,7 @@ class _Connector(aiohttp.TCPConnector):
 
     async def connect(self, *request: Any, **options: Any) -> Connection:
         connection = await super().connect(*request, **options)
-        _reused.set(connection.protocol in self._seen)
+        _reused.set(time.monotonic() if connection.protocol in self._seen else None)
         self._seen.add(connection.protocol)
         return connection
 
@@ -81,22 +99,25 @@ class Client:
 
     def __init__(self, upstream: Upstream) -> None:
         self.upstream = upstream
+        self._leaving: set[aiohttp.ClientResponse] = set()
         times = upstream.timeouts
         self._session = aiohttp.ClientSession(
             connector=_Connector(),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=times.connect, sock_read=times.first_byte),
-            proxy=_proxy(upstream.url),
+            proxy=_proxy(upstream),
         )
 
     async def close(self) -> None:
+        for response in self._leaving:
+            response.close()
         await self._session.close()
 
     async def post(self, path: str, body: bytes, bearer: str | None = None) -> "Answer":
         """Send `body`, give its answer, whatever its status; the caller closes it. Raises `UpstreamError`
         and its kin."""
         response = await self._send("POST", path, self.upstream.request_headers(bearer), body)
-        return Answer(self.upstream, response)
+        return Answer(self.upstream, response, self._leaving)
 
     async def get_json(self, path: str) -> Any:
         """The parsed answer to a GET."""
@@ -105,7 +126,7 @@ class Client:
         try:
             if response.status != 200:
                 raise UpstreamError(f"The upstream '{upstream.name}' answered {path} with status {response.status}.")
-            return parse_json(upstream, await Answer(upstream, response).read())
+            return parse_json(upstream, await Answer(upstream, response, self._leaving).read())
         finally:
             response.close()
 
@@ -116,41 +137,93 @@ class Client:
         again is no answer: the request is then sent once more (RFC 9112, 9.3.1)."""
         upstream = self.upstream
         for last_try in (False, True):
-            _reused.set(False)
+            _reused.set(None)
             try:
-                response = await self._session.request(method, upstream.url + path, data=body, headers=headers)
-            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-                if last_try or not _reused.get() or isinstance(error, aiohttp.ClientConnectorError):
+                response = await self._session.request(
+                    method, upstream.url + path, data=body, headers=headers, allow_redirects=False
+                )
+            except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as error:
+                if last_try or not _was_stale(error):
                     raise _translated(upstream, error) from error
-            except (TimeoutError, aiohttp.ClientError, OSError) as error:
-                raise _translated(upstream, error) from error
             else:
-                if response.connection is not None and response.connection.protocol is not None:
-                    response.connection.protocol.read_timeout = upstream.timeouts.read
-                return response
+                return self._begun(response)
         raise AssertionError("the last try returns or raises")
 
+    def _begun(self, response: aiohttp.ClientResponse) -> aiohttp.ClientResponse:
+        if 300 <= response.status < 400:
+            response.close()
+            raise UpstreamError(
+                f"The upstream '{self.upstream.name}' answered with a redirect (status {response.status}),"
+                " which is not followed; its configured url must be the one it leads to."
+            )
+        if response.connection is not None and response.connection.protocol is not None:
+            # The setter alone leaves the timer of the first byte running.
+            response.connection.protocol.read_timeout = self.upstream.timeouts.read
+            response.connection.protocol.start_timeout()
+        return response
 
-def _proxy(url: str) -> str | None:
-    """The proxy that the environment names for `url`. Read once: aiohttp's own `trust_env` reads the
+
+def _was_stale(error: Exception) -> bool:
+    """Whether a request failed because the server had closed a kept connection before it came."""
+    if not isinstance(error, (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError)):
+        return False
+    if isinstance(error, aiohttp.ServerDisconnectedError) and not isinstance(error.message, str):
+        return False  # the message is what had come of an answer's head
+    given = _reused.get()
+    return given is not None and time.monotonic() - given < _STALE
+
+
+def _proxy(upstream: Upstream) -> str | None:
+    """The proxy that the environment names for the upstream. Read once: aiohttp's own `trust_env` reads the
     netrc file, in a thread, at every request."""
-    parts = urlsplit(url)
+    parts = urlsplit(upstream.url)
     if parts.hostname is None or proxy_bypass(parts.hostname):
         return None
     proxies = getproxies()
-    return proxies.get(parts.scheme) or proxies.get("all")
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if proxy and "://" not in proxy:
+        proxy = f"http://{proxy}"
+    if proxy and urlsplit(proxy).scheme not in ("http", "https"):
+        scheme = urlsplit(proxy).scheme
+        logger.warning("upstream %s is asked directly: proxies of type %s are not supported", upstream.name, scheme)
+        return None
+    return proxy
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Answer:
     """What an upstream answered; its body is still to come."""
 
     upstream: Upstream
     response: aiohttp.ClientResponse
+    _leaving: set[aiohttp.ClientResponse]
+    _timer: asyncio.TimerHandle | None = None
 
     def close(self) -> None:
         """Close the connection, unless the whole answer was read."""
+        self._drop_timer()
         self.response.close()
+
+    def leave(self) -> None:
+        """Nothing more is wanted. The connection is kept if the end of the body comes at once, else closed."""
+        self._drop_timer()
+        if self.response.connection is not None:
+            self._leaving.add(self.response)
+            asyncio.get_running_loop().call_later(_REST, self._left)
+
+    def _left(self) -> None:
+        self._leaving.discard(self.response)
+        self.response.close()
+
+    def hurry(self, seconds: float) -> None:
+        """From the first call on, the body may take only so long; then it ends in `UpstreamTimeout`."""
+        if self._timer is None:
+            give_up = self.response.content.set_exception
+            self._timer = asyncio.get_running_loop().call_later(seconds, give_up, aiohttp.SocketTimeoutError())
+
+    def _drop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
     @property
     def status(self) -> int:
@@ -163,13 +236,24 @@ class Answer:
     @property
     def retry_after(self) -> float | None:
         value = self.response.headers.get("retry-after", "")
-        return float(value) if value.isdecimal() else None
+        if value.isdecimal():
+            return float(value) if len(value) <= len(str(_LONGEST_WAIT)) else None
+        try:
+            date = parsedate_to_datetime(value)
+        except ValueError:
+            return None
+        wait = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - time.time()
+        return wait if 0 < wait <= _LONGEST_WAIT else None
 
-    async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """The body as it comes, one chunk for what one read brought."""
+    async def chunks(self, limit: int | None = None) -> AsyncGenerator[bytes, None]:
+        """The body as it comes, one chunk for what one read brought, of at most `limit` bytes."""
         content = self.response.content
+        left = _MOST if limit is None else limit
         try:
             async for chunk in content.iter_any():
+                left -= len(chunk)
+                if left < 0:
+                    raise UpstreamInvalid(f"The upstream '{self.upstream.name}' sent more than {limit or _MOST} bytes.")
                 yield chunk
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             # What arrived together with the break is still in aiohttp's buffer, behind its exception.
@@ -178,26 +262,21 @@ class Answer:
                 yield rest
             raise _translated(self.upstream, error, begun=True) from error
 
-    async def read(self, limit: int = _MOST_JSON) -> bytes:
+    async def read(self, limit: int | None = None) -> bytes:
         """The whole body, of at most `limit` bytes."""
-        chunks: list[bytes] = []
-        size = 0
-        try:
-            async for chunk in self.response.content.iter_any():
-                size += len(chunk)
-                if size > limit:
-                    raise UpstreamInvalid(f"The upstream '{self.upstream.name}' sent more than {limit} bytes.")
-                chunks.append(chunk)
-        except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            raise _translated(self.upstream, error, begun=True) from error
-        return b"".join(chunks)
+        async with aclosing(self.chunks(limit)) as chunks:
+            return b"".join([chunk async for chunk in chunks])
 
     async def read_error(self) -> bytes:
         """The beginning of an error's body."""
-        try:
-            return await self.read(_MOST_ERROR)
-        except UpstreamError:
-            return b""
+        body = bytearray()
+        with suppress(UpstreamError):
+            async with aclosing(self.chunks()) as chunks:
+                async for chunk in chunks:
+                    body += chunk
+                    if len(body) > _MOST_ERROR:
+                        break
+        return bytes(body[:_MOST_ERROR])
 
 
 def parse_json(upstream: Upstream, body: bytes) -> Any:
@@ -216,5 +295,7 @@ def _translated(upstream: Upstream, error: Exception, begun: bool = False) -> Up
     if begun:
         return UpstreamTruncated(f"The upstream '{upstream.name}' broke off in the middle of its answer.")
     if isinstance(error, aiohttp.ClientConnectorError):
-        return UpstreamUnreachable(f"The upstream '{upstream.name}' cannot be reached at {upstream.url}.")
+        return UpstreamUnreachable(f"The upstream '{upstream.name}' cannot be reached.")
+    if isinstance(error, (ValueError, aiohttp.NonHttpUrlClientError)):
+        return UpstreamUnreachable(f"The upstream '{upstream.name}' cannot be asked: its url or a header is not valid.")
     return UpstreamUnreachable(f"The upstream '{upstream.name}' closed the connection without an answer.")

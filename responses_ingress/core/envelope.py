@@ -83,6 +83,8 @@ def open_envelope(request: Request, id: str, created_at: int) -> Envelope:
         envelope["reasoning"] = {**DEFAULTS["reasoning"], **given["reasoning"]}
     if given.get("text"):
         envelope["text"] = {**DEFAULTS["text"], **given["text"]}
+        if envelope["text"]["format"] is None:
+            envelope["text"]["format"] = DEFAULTS["text"]["format"]
     if request.tools:
         envelope["tools"] = [_echo_tool(tool) for tool in request.tools]
     if request.conversation is not None:

@@ -28,9 +28,9 @@ from responses_ingress.core.deltas import (
 _ENDINGS: tuple[Status, ...] = ("completed", "incomplete", "failed", "cancelled")
 
 
-def fold(envelope: Mapping[str, Any], batches: Iterable[bytes]) -> Builder:
-    """A builder that has been fed a whole journal."""
-    builder = Builder(envelope)
+def fold(envelope: Mapping[str, Any], batches: Iterable[bytes], *, silent: bool = False) -> Builder:
+    """A builder that has been fed a whole journal; a silent one has no events."""
+    builder = Builder(envelope, silent=silent)
     builder.start()
     for payload in batches:
         for delta in decode(payload):

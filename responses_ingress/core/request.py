@@ -67,11 +67,14 @@ class Caller:
     bearer: str | None = None
 
 
+_MOST_NAME = 512
+_Name = Annotated[str, StringConstraints(max_length=_MOST_NAME, pattern=r"^[^\x00]*$")]
+"""What becomes a column or is looked up there. PostgreSQL takes no NUL, and nothing long into an index."""
 _Metadata = dict[Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]]
 
 
 class _Conversation(BaseModel):
-    id: str
+    id: _Name
 
 
 class _Body(BaseModel):
@@ -79,11 +82,11 @@ class _Body(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    model: str = Field(min_length=1)
+    model: _Name = Field(min_length=1)
     input: Any = None
     instructions: str | None = None
-    previous_response_id: str | None = None
-    conversation: str | _Conversation | None = None
+    previous_response_id: _Name | None = None
+    conversation: _Name | _Conversation | None = None
     store: bool | None = None
     background: bool | None = None
     stream: bool | None = None
@@ -121,11 +124,17 @@ KNOWN_FIELDS = frozenset(_Body.model_fields)
 
 
 def parse_request(
-    body: object, *, max_items: int = 10_000, strict: bool = False, extra: frozenset[str] = frozenset()
+    body: object,
+    *,
+    max_items: int = 10_000,
+    strict: bool = False,
+    extra: frozenset[str] = frozenset(),
+    background: bool = True,
 ) -> Request:
     """Check `body`, the parsed JSON of a create request. Raises `InvalidRequest` and its kin.
 
     extra: fields beyond the API's that an upstream is set to be given.
+    background: whether a response may be asked for in the background.
     """
     if not isinstance(body, dict):
         raise InvalidType("The request body must be a JSON object.")
@@ -134,7 +143,12 @@ def parse_request(
     _check_top(body)
     unknown = [name for name in body if name not in KNOWN_FIELDS and name not in extra]
     if strict and unknown:
-        raise UnknownParameter(f"Unknown parameter: '{unknown[0]}'.", param=unknown[0])
+        raise UnknownParameter(f"Unknown parameter: '{unknown[0][:100]}'.", param=unknown[0][:100])
+    if body.get("background") and not background:
+        raise UnsupportedParameter(
+            "Unsupported parameter: 'background'. This server runs no responses in the background yet.",
+            param="background",
+        )
     items = _check_input(body["input"], max_items)
     tools = _check_tools(body.get("tools") or ())
     _check_formats(body)
@@ -180,11 +194,14 @@ _BOUNDS = {
 }
 
 
+_NOT_PATH = ("str", "constrained-str", "_Conversation", "[key]", "dict[str,any]")
+
+
 def _first_error(error: ValidationError) -> IngressError:
     """Our error for pydantic's first complaint."""
     first = error.errors(include_url=False, include_input=True)[0]
-    path = [part for part in first["loc"] if part not in ("str", "_Conversation", "[key]", "dict[str,any]")]
-    param = ".".join(str(part) for part in path)
+    path = [part for part in first["loc"] if part not in _NOT_PATH]
+    param = ".".join(str(part)[:100] for part in path)
     kind, context = first["type"], first.get("ctx", {})
     if kind == "missing":
         return MissingParameter(f"Missing required parameter: '{param}'.", param=param)
@@ -208,6 +225,8 @@ def _first_error(error: ValidationError) -> IngressError:
             param=param,
             code="string_above_max_length",
         )
+    if kind == "string_pattern_mismatch":
+        return InvalidValue(f"Invalid value for '{param}': it holds a NUL character.", param=param)
     return InvalidValue(f"Invalid value for '{param}': {first['msg']}.", param=param)
 
 
@@ -242,7 +261,13 @@ _REQUIRED: dict[str, tuple[tuple[str, type | tuple[type, ...]], ...]] = {
     "item_reference": (("id", str),),
 }
 _ROLES = ("user", "assistant", "system", "developer")
-_LISTS = ("content", "summary", "output")
+# Fields that are lists of parts where they are lists. In other items they can be anything.
+_LISTS: dict[str, tuple[str, ...]] = {
+    "message": ("content",),
+    "reasoning": ("summary", "content"),
+    "function_call_output": ("output",),
+    "custom_tool_call_output": ("output",),
+}
 
 
 def _check_item(item: object, path: str) -> Item:
@@ -250,13 +275,18 @@ def _check_item(item: object, path: str) -> Item:
         raise InvalidType(f"Invalid type for '{path}': expected an object.", param=path)
     item = _typed(item, path)
     type = item["type"]
+    id = item.get("id")
+    if isinstance(id, str) and (not 0 < len(id) <= _MOST_NAME or "\0" in id):
+        raise InvalidValue(
+            f"Invalid value for '{path}.id': expected 1 to {_MOST_NAME} characters and no NUL.", param=f"{path}.id"
+        )
     if type == "message":
         _check_message(item, path)
     for name, kinds in _REQUIRED.get(type, ()):
         _check_field(item, name, kinds, path)
     if type == "additional_tools":
         _check_tools(item["tools"], f"{path}.tools")
-    for name in _LISTS:
+    for name in _LISTS.get(type, ()):
         if isinstance(item.get(name), list):
             _check_parts(item[name], f"{path}.{name}")
     return item

@@ -291,8 +291,9 @@ def _image(part: Mapping[str, Any]) -> Part:
             "This model takes an image only as 'image_url' (a URL or a data URL), not as 'file_id'.", param="input"
         )
     image = {"url": url}
-    if detail := _DETAILS.get(part.get("detail") or ""):
-        image["detail"] = detail
+    detail = part.get("detail")
+    if isinstance(detail, str) and detail in _DETAILS:
+        image["detail"] = _DETAILS[detail]
     return {"type": "image_url", "image_url": image}
 
 

@@ -49,6 +49,16 @@ class ChatReader:
         self._ended = False
         self._plain: int | None = None
 
+    @property
+    def finished(self) -> bool:
+        """Whether the answer is whole: its finish reason has come. Its usage may be still to come."""
+        return self._reason is not None
+
+    @property
+    def ended(self) -> bool:
+        """Whether its `Finish` has been given."""
+        return self._ended
+
     def feed(self, chunk: Any) -> list[Delta]:
         """The deltas of one chunk. Raises `UpstreamInvalid` for what is none."""
         # By far the most chunks are text for the message that is open: no state changes with them.

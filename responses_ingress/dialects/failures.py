@@ -17,6 +17,8 @@ _LONGEST = 500
 _KEPT = frozenset({400, 401, 403, 404, 413, 429})
 _MAPPED = {408: 504, 503: 503, 504: 504, 529: 503}
 _OWN_KEY = frozenset({401, 403})
+_NO_ACCESS = "The upstream refused its credentials."
+"""All that is said of them: what upstreams say shows parts of the operator's key, or whose it is."""
 
 _OVERFLOW = re.compile(
     "|".join(
@@ -37,6 +39,8 @@ _OVERFLOW = re.compile(
     ),
     re.IGNORECASE | re.DOTALL,
 )
+# Gemini and xAI say it with 400. Nothing else names the code or the words.
+_KEY_TROUBLE = re.compile(r"(invalid|incorrect).api.?key|api.?key.not.valid|authentication_error", re.IGNORECASE)
 _RATE_LIMIT = re.compile(r"rate.?limit|too many requests", re.IGNORECASE)
 
 
@@ -53,6 +57,10 @@ class _Trouble(NamedTuple):
         return not self.is_rate_limit and bool(_OVERFLOW.search(f"{self.code} {self.kind} {self.message}"))
 
     @property
+    def is_own_key(self) -> bool:
+        return self.number in _OWN_KEY or bool(_KEY_TROUBLE.search(f"{self.code} {self.kind} {self.message}"))
+
+    @property
     def is_rate_limit(self) -> bool:
         return self.number == 429 or bool(_RATE_LIMIT.search(f"{self.code} {self.kind}"))
 
@@ -60,6 +68,8 @@ class _Trouble(NamedTuple):
 def read_error(status: int, body: bytes, retry_after: float | None = None) -> IngressError:
     """The error for an upstream's answer with a status other than 200."""
     trouble = _read(body)._replace(number=status)
+    if trouble.is_own_key:
+        return UpstreamRefused(_NO_ACCESS, status=_status(status), retry_after=retry_after)
     code = _code(trouble)
     what = "refused the request" if status < 500 else "failed"
     message = _sentence(f"The upstream {what} (status {status})", trouble.message)
@@ -73,6 +83,8 @@ def read_error(status: int, body: bytes, retry_after: float | None = None) -> In
 def in_band(body: Any) -> dict[str, str]:
     """The error of a failed response, for an error object in the middle of a 200."""
     trouble = _find(body)
+    if trouble.is_own_key:
+        return {"code": "upstream_refused", "message": _NO_ACCESS}
     code = "server_error"
     if trouble.is_rate_limit or _RATE_LIMIT.search(trouble.message):
         code = "rate_limit_exceeded"
@@ -97,8 +109,6 @@ def _status(status: int) -> int:
 def _code(trouble: _Trouble) -> str | None:
     if trouble.is_overflow:
         return "context_length_exceeded"
-    if trouble.number in _OWN_KEY:
-        return None
     return trouble.code or ("rate_limit_exceeded" if trouble.is_rate_limit else None)
 
 

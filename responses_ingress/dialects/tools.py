@@ -13,12 +13,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import orjson
 
 from responses_ingress.core.deltas import Item
 from responses_ingress.errors import InvalidRequest
+
+_T = TypeVar("_T")
 
 _LONGEST = 64
 _ILLEGAL = re.compile(r"[^A-Za-z0-9_-]")
@@ -146,10 +148,10 @@ def _declared(tools: Iterable[Mapping[str, Any]]) -> tuple[dict[Tool, Mapping[st
 def _introduced(namespace: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The tools of a namespace. The first carries the namespace's description, so that it is said once."""
     tools = _objects(namespace.get("tools"))
-    about = namespace.get("description")
+    about = _field(namespace, "description", str)
     if tools and about:
         about = f"About all tools of {namespace['name']}: {about}"
-        tools[0] = {**tools[0], "description": _paragraphs(tools[0].get("description"), about)}
+        tools[0] = {**tools[0], "description": _paragraphs(_field(tools[0], "description", str), about)}
     return tools
 
 
@@ -161,11 +163,19 @@ def _name(spec: Mapping[str, Any]) -> str:
 
 
 def _function(name: str, spec: Mapping[str, Any]) -> Function:
-    description = spec.get("description") or ""
+    description = _field(spec, "description", str) or ""
     if spec["type"] == "custom":
-        return Function(name, _paragraphs(description, _rule(spec.get("format") or {})), _WRAPPER, strict=False)
-    parameters = spec.get("parameters") or {"type": "object", "properties": {}}
+        format = _field(spec, "format", dict) or {}
+        return Function(name, _paragraphs(description, _rule(format)), _WRAPPER, strict=False)
+    parameters = _field(spec, "parameters", dict) or {"type": "object", "properties": {}}
     return Function(name, description, parameters, strict=spec.get("strict") is True)
+
+
+def _field(spec: Mapping[str, Any], name: str, kind: type[_T]) -> _T | None:
+    value = spec.get(name)
+    if value is None or isinstance(value, kind):
+        return value
+    raise InvalidRequest(f"The '{name}' of a tool is not of the type it must have.", param="tools")
 
 
 _WRAPPER = {

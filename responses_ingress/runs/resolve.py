@@ -90,8 +90,8 @@ def _alone(ids: Ids, request: Request, caller: Caller, given: Sequence[Item]) ->
     thread_id = ids.make("thread", partition)
     if not request.store:
         return Resolved(thread_id, None, (), given)
-    branch = ids.branch(partition)
-    placement = Placement(caller.tenant, thread_id, None, branch, 0, 0, branch)
+    root = ids.branch(partition)
+    placement = Placement(caller.tenant, thread_id, None, root, 0, 0, ids.branch(partition), root)
     return _resolved(ids, placement, (), given)
 
 
@@ -102,7 +102,7 @@ async def _after_previous(
     async with database.reading() as connection:
         row = await find_response(connection, caller.tenant, previous)
         if row is None:
-            raise PreviousNotFound(f"Previous response with id '{previous}' not found.", param="previous_response_id")
+            raise PreviousNotFound(_gone(previous), param="previous_response_id")
         if row.running:
             raise ResponseRunning(row.id)
         if row.branch_id is None or row.stop is None:
@@ -112,6 +112,8 @@ async def _after_previous(
             )
         context = _parsed(await read_payloads(connection, row.branch_id, 0, row.stop))
         if caller.thread_key is None and not request.store:
+            if await find_response(connection, caller.tenant, previous) is None:
+                raise PreviousNotFound(_gone(previous), param="previous_response_id")  # deleted while it was read
             return Resolved(row.thread_id, None, context, given)
         if caller.thread_key is None:
             branch = ids.branch(partition_of(row.thread_id))
@@ -122,6 +124,10 @@ async def _after_previous(
     return replace(_resolved(ids, placement, context, given), memory=head.memory if head else None)
 
 
+def _gone(response_id: str) -> str:
+    return f"Previous response with id '{response_id[:100]}' not found."
+
+
 async def _session(connection: AsyncConnection, ids: Ids, caller: Caller) -> tuple[Placement, ThreadHead | None]:
     """The place behind all that is on the session's active branch."""
     key = caller.thread_key or ""
@@ -129,7 +135,8 @@ async def _session(connection: AsyncConnection, ids: Ids, caller: Caller) -> tup
     branch = ids.branch(partition_of(thread_id))
     head = await find_thread(connection, caller.tenant, thread_id)
     if head is None:
-        return Placement(caller.tenant, thread_id, key, branch, 0, 0, branch, exclusive=True), None
+        root = ids.branch(partition_of(thread_id))
+        return Placement(caller.tenant, thread_id, key, root, 0, 0, branch, root, exclusive=True), None
     placement = Placement(
         caller.tenant,
         thread_id,
@@ -165,16 +172,15 @@ async def _carried(
 
     A thread that codex forked from another one begins on that one's branch.
     """
-    if placement.seen is None and caller.forked_from is not None:
+    if placement.root is not None and caller.forked_from is not None:
         parent = await find_thread(connection, caller.tenant, named_thread(caller.tenant, caller.forked_from))
         if parent is not None:
             placement = replace(placement, branch_id=parent.active_branch, position=parent.head)
     digests = [digest(item) for item in given]
     stored = await read_digests(connection, placement.branch_id, placement.position)
     position, tail = align(stored, digests)
-    if position == 0:
-        branch = placement.new_branch if placement.seen is None else placement.branch_id
-        placement = replace(placement, branch_id=branch)
+    if position == 0 and placement.root is not None:
+        placement = replace(placement, branch_id=placement.root)
     placement = replace(placement, position=position, first=0)
     return _resolved(ids, placement, given[:tail], given[tail:], digests[tail:])
 

@@ -98,7 +98,10 @@ class Run:
         self._memory: bytes | None = None
         self._stop: IngressError | None = None  # why it ends early; nothing stops it twice
         self._started = False
-        self._lost = False
+        self._unkept = False  # the journal has refused something
+        self._lost = False  # its ending cannot be kept, and it has told so
+        self._writing: asyncio.Future[None] | None = None  # the journal's last batch on its way
+        self._behind = False  # the journal does not keep up
         self._task = asyncio.create_task(self._drive(), name=self.id)
 
     @property
@@ -108,10 +111,12 @@ class Run:
 
     @property
     def status(self) -> str:
-        return self._builder.status
+        return "failed" if self._lost else self._builder.status
 
     def response(self) -> Envelope:
         """The response object as of now."""
+        if self._lost and self.error is not None:
+            return {**self._envelope, "status": "failed", "error": self.error.detail()}
         return self._builder.response()
 
     def failure(self) -> IngressError | None:
@@ -159,8 +164,11 @@ class Run:
             self._record.begun.add_done_callback(self._on_begun)
 
     def _on_begun(self, begun: "asyncio.Future[None]") -> None:
-        if not begun.cancelled() and begun.exception() is None:
+        error = begun.exception()
+        if error is None:
             self._publish()
+        elif isinstance(error, IngressError):
+            self.cancel(error)
 
     async def _pump(self) -> None:
         async with aclosing(self.backend.stream(self._turn)) as batches:
@@ -172,8 +180,8 @@ class Run:
 
     async def _take(self, deltas: Sequence[Delta]) -> None:
         """Feed what one read brought, and show what may be shown."""
-        if self._record is not None and not self._record.begun.done():
-            await self._record.begun
+        if self._record is not None:
+            await _begun(self._record)
         for delta in map(self._stamp, deltas):
             self._builder.feed(delta)
             self._unwritten.append(delta)
@@ -188,8 +196,11 @@ class Run:
 
     async def _keep(self, record: Record) -> None:
         """Law 2: text leaves at once and is written soon; anything else waits until it is written."""
-        if self._kit.flush_interval == 0 or any(event.type == "response.output_item.done" for event in self._held):
-            await self._write(record)
+        must_wait = self._behind or self._kit.flush_interval == 0
+        if must_wait or any(event.type == "response.output_item.done" for event in self._held):
+            if self._builder.number > self._written:
+                await self._write(record)
+            self._behind = False
             self._publish()
         else:
             self._publish()
@@ -239,14 +250,19 @@ class Run:
         return record.database.submit(batch)
 
     def _write_aside(self, record: Record) -> None:
-        if self._builder.number > self._written:
-            self._write(record).add_done_callback(self._on_written)
+        """Write while text goes on; where the last batch is not even committed yet, let text wait for it."""
+        self._flush = None
+        if self._writing is not None and not self._writing.done():
+            self._behind = True
+        elif self._builder.number > self._written:
+            self._writing = self._write(record)
+            self._writing.add_done_callback(self._on_written)
 
     def _on_written(self, written: "asyncio.Future[None]") -> None:
         """A journal that cannot be written ends the run: what it tells could not be kept."""
         error = None if written.cancelled() else written.exception()
-        if isinstance(error, IngressError) and not self._lost:
-            self._lost = True
+        if isinstance(error, IngressError):
+            self._unkept = True
             self.cancel(error)
 
     async def _finish(self) -> None:
@@ -278,13 +294,12 @@ class Run:
         """End the response with `error`, in the database and for its followers."""
         self.error = self._stop = error
         try:
-            if self._lost:
+            if self._unkept or self._builder.ended:
                 raise error
             if self._record is not None:
-                await self._record.begun
-            if not self._builder.ended:
-                self._feed_failure(error)
-                await self._finish()
+                await _begun(self._record)
+            self._feed_failure(error)
+            await self._finish()
         except IngressError as reason:
             self._lose(reason)
 
@@ -297,6 +312,7 @@ class Run:
     def _lose(self, error: IngressError) -> None:
         """The ending cannot be committed: tell that, instead of an ending nobody would find later."""
         self.error = error
+        self._lost = True
         self._drop_timer()
         if not self.feed.events and not self._builder.ended:
             self._feed_failure(error)
@@ -319,6 +335,13 @@ class Run:
         if self._flush is not None:
             self._flush.cancel()
             self._flush = None
+
+
+async def _begun(record: Record) -> None:
+    """Wait until the row is committed. Whoever is cancelled while waiting does not take that back."""
+    if not record.begun.done():
+        await asyncio.wait((record.begun,))
+    record.begun.result()
 
 
 def new_item(item: Item) -> NewItem:

@@ -7,9 +7,11 @@ lease has run out is closed; only this room starts a task for a response.
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 
 import orjson
 
@@ -47,6 +49,8 @@ logger = logging.getLogger(__name__)
 
 _POLL = 0.25
 
+Gone = Callable[[], Coroutine[Any, Any, None]]
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -73,6 +77,8 @@ class Runner:
         self._kit = Kit(ids, limits.flush_interval, self._on_deserted)
         self._runs: dict[str, Run] = {}
         self._recorded: set[str] = set()
+        self._lines: dict[tuple[str, str], deque[object]] = {}
+        self._waiting = 0
         self._closing = False
         metrics.running.set_function(lambda: len(self._runs))
         self._upkeep = asyncio.create_task(self._keep_up(), name="runs-upkeep")
@@ -98,23 +104,48 @@ class Runner:
         async with self._database.transaction() as connection:
             return await delete_response(connection, tenant, response_id)
 
-    async def create(self, request: Request, caller: Caller) -> Run:
-        """Begin a response. What is wrong with the request itself is raised before anything is written."""
-        if self._closing or len(self._runs) >= self._limits.max_runs:
+    async def create(self, request: Request, caller: Caller, gone: Gone | None = None) -> Run:
+        """Begin a response. What is wrong with the request itself is raised before anything is written.
+
+        gone: returns when the client has left; a request that waits for its turn is dropped then.
+        """
+        if self._closing or len(self._runs) + self._waiting >= self._limits.max_runs:
             raise Busy("The server is at its limit of running responses. Try again soon.", retry_after=1)
-        backend, model = find_route(self._routes, request.model)
+        if caller.thread_key is None and request.previous_response_id is None:
+            return await self._create(request, caller)
+        self._waiting += 1
+        try:
+            return await self._create_in_line(request, caller, gone)
+        finally:
+            self._waiting -= 1
+
+    async def _create_in_line(self, request: Request, caller: Caller, gone: Gone | None) -> Run:
+        """Begin a response that builds on others, when those have ended: the first that came first."""
         deadline = asyncio.get_running_loop().time() + self._limits.thread_wait
-        while True:
-            try:
-                resolved = await resolve(self._database, self._ids, request, caller)
-                envelope = self._envelope(request, resolved)
-                record = await self._begin(request, caller, resolved, envelope, backend.name)
-            except PlacementOutdated:
-                continue
-            except ResponseRunning as busy:
-                await self._wait_for(busy, deadline)
-            else:
-                break
+        key = (caller.tenant, caller.thread_key or request.previous_response_id or "")
+        line = self._lines.setdefault(key, deque())
+        ticket, in_the_way = object(), None
+        line.append(ticket)
+        try:
+            while True:
+                if line[0] is ticket:
+                    try:
+                        return await self._create(request, caller)
+                    except PlacementOutdated:
+                        continue
+                    except ResponseRunning as busy:
+                        in_the_way = busy
+                await self._wait_for(in_the_way, deadline, gone)
+        finally:
+            line.remove(ticket)
+            if not line:
+                del self._lines[key]
+
+    async def _create(self, request: Request, caller: Caller) -> Run:
+        backend, model = find_route(self._routes, request.model)
+        resolved = await resolve(self._database, self._ids, request, caller)
+        envelope = self._envelope(request, resolved)
+        record = await self._begin(request, caller, resolved, envelope, backend.name)
         turn = _turn(request, caller, resolved, envelope["id"], model)
         return self._started(Run(turn, backend, envelope, record, self._kit))
 
@@ -130,7 +161,7 @@ class Runner:
             return None
         new = _new_response(request, caller, resolved, envelope, backend)
         begun = self._database.submit(begin(new, resolved.placement, self._owner))
-        if resolved.placement.exclusive:
+        if resolved.placement.exclusive or request.previous_response_id is not None:
             await begun
         return Record(
             self._database,
@@ -157,19 +188,26 @@ class Runner:
         if run.usage_missing:
             self._metrics.usage_missing.labels(run.backend.name).inc()
 
-    async def _wait_for(self, busy: ResponseRunning, deadline: float) -> None:
-        """Wait until the run in the way has ended; end it where nobody follows it and its thread is wanted."""
-        loop = asyncio.get_running_loop()
-        left = deadline - loop.time()
-        if left <= 0:
-            raise Busy(f"{busy.message} Try again soon.", retry_after=2)
-        run = self._runs.get(busy.running)
-        if run is None:
-            await asyncio.sleep(min(_POLL, left))
-            return
-        if isinstance(busy, ThreadBusy) and not run.background and not run.feed.followed:
-            run.cancel(Cancelled("The next turn of the thread has taken its place."))
-        await asyncio.wait({run.ended}, timeout=min(_POLL, left))
+    async def _wait_for(self, busy: ResponseRunning | None, deadline: float, gone: Gone | None) -> None:
+        """Wait until it is worth looking again: until the run in the way has ended, where it is one of ours."""
+        run = self._runs.get(busy.running) if busy is not None else None
+        leaving = asyncio.ensure_future(gone()) if gone is not None else None
+        try:
+            while True:
+                if isinstance(busy, ThreadBusy) and run is not None and not run.background and not run.feed.followed:
+                    run.cancel(Cancelled("The next turn of the thread has taken its place."))
+                left = deadline - asyncio.get_running_loop().time()
+                if left <= 0:
+                    why = busy.message if busy is not None else "Other requests wait for this thread."
+                    raise Busy(f"{why} Try again soon.", retry_after=2)
+                await _first_of(run.ended if run is not None else None, leaving, min(_POLL, left))
+                if leaving is not None and leaving.done():
+                    raise Cancelled("The client left.")
+                if run is None or run.ended.done():
+                    return
+        finally:
+            if leaving is not None:
+                leaving.cancel()
 
     def _on_deserted(self, run: Run) -> None:
         if not run.background:
@@ -180,7 +218,7 @@ class Runner:
             run.cancel(Cancelled("The client left."))
 
     async def close(self, grace: float) -> None:
-        """Begin nothing more; give running turns `grace` seconds, then close what is left."""
+        """Begin nothing more; give running turns `grace` seconds, then close what is left. Once is enough."""
         self._closing = True
         running = [run.ended for run in self._runs.values()]
         if running:
@@ -201,6 +239,8 @@ class Runner:
                 await self._recover()
             except StoreUnavailable as error:
                 logger.warning("upkeep is put off: %s", error.message)
+            except Exception:  # without upkeep, leases lapse and threads are given away while they are busy
+                logger.exception("upkeep failed")
             await asyncio.sleep(self._limits.lease / 3)
 
     async def _renew(self) -> None:
@@ -217,6 +257,8 @@ class Runner:
                 await self._close_left_behind(row)
             except IngressError as error:
                 logger.info("response %s is another worker's to close: %s", row.id, error.message)
+            except Exception:  # one row that cannot be read must not keep the others open
+                logger.exception("response %s was left behind and cannot be closed", row.id)
 
     async def _close_left_behind(self, row: StoredResponse) -> None:
         """Law 7: fold what the journal holds, and end the response as failed with a code that says why."""
@@ -224,7 +266,7 @@ class Runner:
         await self._database.submit(take_over(row.id, row.epoch, owner))
         async with self._database.reading() as connection:
             batches = await read_journal(connection, row.id)
-        builder = fold(envelope_of(row), batches)
+        builder = fold(envelope_of(row), batches, silent=True)
         error = ServerRestarted("The server was restarted while it was producing this response.")
         builder.feed(Finish("failed", error=error.detail(), at=int(self._clock())))
         ending = Ending(
@@ -237,6 +279,14 @@ class Runner:
         placement = Placement(row.tenant, row.thread_id, None, "", row.own, row.first, "", exclusive=True)
         await self._database.submit(end(row.id, owner, placement, ending, row.store))
         logger.warning("response %s was left behind by another process and is closed as failed", row.id)
+
+
+async def _first_of(ended: Awaitable[None] | None, leaving: Awaitable[None] | None, patience: float) -> None:
+    news = [asyncio.ensure_future(one) for one in (ended, leaving) if one is not None]
+    if news:
+        await asyncio.wait(news, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+    else:
+        await asyncio.sleep(patience)
 
 
 def _is_pattern(name: str) -> bool:

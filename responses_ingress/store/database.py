@@ -4,19 +4,22 @@ What must stay true: everything on a hot path goes through the group-commit writ
 the rare rest. An open `Database` belongs to the loop that opened it.
 """
 
+import logging
 from asyncio import Future
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 from sqlalchemy import bindparam, update
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from responses_ingress.errors import StoreUnavailable
 from responses_ingress.ids import Clock
 from responses_ingress.store.engine import read_engine, write_engine
 from responses_ingress.store.tables import responses, threads
-from responses_ingress.store.writer import T, Unit, Writer
+from responses_ingress.store.writer import T, Unit, Writer, kind
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -24,7 +27,8 @@ def _translated() -> Iterator[None]:
     """The database's own failures, as the error a client can act on."""
     try:
         yield
-    except DBAPIError as error:
+    except (SQLAlchemyError, OSError) as error:
+        logger.error("the database failed: %s", kind(error))
         raise StoreUnavailable("The database cannot be reached now.", retry_after=2) from error
 
 
@@ -52,6 +56,13 @@ class Database:
         """Commit a unit of work together with what else is pending. The future raises what the unit
         raised, or `StoreUnavailable`."""
         return self._writer.submit(unit)
+
+    async def check(self) -> None:
+        """Raise `StoreUnavailable` where the database does not answer or nothing writes to it any more."""
+        async with self.reading() as connection:
+            await connection.exec_driver_sql("SELECT 1")
+        if not self._writer.working:
+            raise StoreUnavailable("Nothing writes to the database any more.")
 
     async def close(self) -> None:
         await self._writer.close()

@@ -1,8 +1,8 @@
 """Engines: how a process talks to its database.
 
 What must stay true on SQLite: WAL; every writing transaction begins IMMEDIATE (the driver's deferred
-default silently loses read-modify-writes); readers have connections of their own and no transactions,
-since nothing they read is ever rewritten.
+default silently loses read-modify-writes); readers have connections of their own and no transactions:
+items are never rewritten, and who reads a response's row and something beside it looks at the row again.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ def is_sqlite(url: str) -> bool:
 
 def write_engine(url: str, synchronous: str = "normal") -> AsyncEngine:
     """The one connection of the writer."""
-    engine = create_async_engine(url, pool_size=1, max_overflow=1, **_options(url))
+    engine = create_async_engine(url, pool_size=1, max_overflow=1, hide_parameters=True, **_options(url))
     if is_sqlite(url):
         _on_connect(engine, synchronous)
         event.listen(engine.sync_engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
@@ -30,7 +30,7 @@ def write_engine(url: str, synchronous: str = "normal") -> AsyncEngine:
 
 def read_engine(url: str, synchronous: str = "normal") -> AsyncEngine:
     """Connections for reading, outside any transaction."""
-    options = {**_options(url), "isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None}
+    options = {**_options(url), "hide_parameters": True, "isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None}
     engine = create_async_engine(url, pool_size=_READERS, max_overflow=_READERS, **options)
     if is_sqlite(url):
         _on_connect(engine, synchronous)

@@ -7,7 +7,7 @@ branch; payloads come back as the bytes they were stored as. Every function name
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Executable, Row, and_, bindparam, case, select
+from sqlalchemy import Executable, Integer, Row, and_, bindparam, case, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql import ColumnElement
 
@@ -59,7 +59,12 @@ def _on_branch(*columns: ColumnElement[Any]) -> Executable:
     may begin below the place where its parent did.
     """
     leaf = (
-        select(branches.c.id, branches.c.parent_branch, branches.c.parent_position, bindparam("stop").label("stop"))
+        select(
+            branches.c.id,
+            branches.c.parent_branch,
+            branches.c.parent_position,
+            bindparam("stop", type_=Integer).label("stop"),
+        )
         .where(branches.c.id == bindparam("branch"))
         .cte("line", recursive=True)
     )

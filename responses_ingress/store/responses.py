@@ -36,6 +36,7 @@ class StoredResponse(NamedTuple):
     model: str
     envelope: bytes
     preamble: bytes | None
+    preamble_digest: bytes | None
     input: bytes | None
     output: bytes | None
     error: bytes | None
@@ -53,10 +54,11 @@ class StoredResponse(NamedTuple):
         return self.status in RUNNING
 
 
-_COLUMNS = [
-    preambles.c.payload.label("preamble") if name == "preamble" else responses.c[name]
-    for name in StoredResponse._fields
-]
+_RENAMED = {
+    "preamble": preambles.c.payload.label("preamble"),
+    "preamble_digest": responses.c.preamble.label("preamble_digest"),
+}
+_COLUMNS = [_RENAMED[name] if name in _RENAMED else responses.c[name] for name in StoredResponse._fields]
 _WITH_PREAMBLE = responses.outerjoin(
     preambles, (preambles.c.tenant == responses.c.tenant) & (preambles.c.digest == responses.c.preamble)
 )
@@ -130,6 +132,13 @@ async def read_journal(connection: AsyncConnection, response_id: str) -> list[by
     return [row[0] for row in (await connection.execute(_JOURNAL, {"response": response_id})).all()]
 
 
+_UNUSED_PREAMBLES = delete(preambles).where(
+    preambles.c.tenant == bindparam("of_tenant"),
+    preambles.c.digest == bindparam("of_digest"),
+    ~exists().where(responses.c.tenant == preambles.c.tenant, responses.c.preamble == preambles.c.digest),
+)
+
+
 async def delete_response(connection: AsyncConnection, tenant: str, response_id: str) -> bool:
     """Delete an ended response, in the caller's transaction. False where there is none.
 
@@ -142,6 +151,7 @@ async def delete_response(connection: AsyncConnection, tenant: str, response_id:
         raise InvalidRequest("Cannot delete an in-flight response.")
     await connection.execute(delete(responses).where(responses.c.id == row.id))
     await connection.execute(delete(journal).where(journal.c.response_id == row.id))
+    await connection.execute(_UNUSED_PREAMBLES, {"of_tenant": tenant, "of_digest": row.preamble_digest})
     if row.branch_id is not None and not await _built_upon(connection, row):
         await _cut_off(connection, row)
     return True

@@ -106,6 +106,14 @@ responses = Table(
     Column("created_at", BigInteger, nullable=False),
     Column("completed_at", BigInteger),
 )
+_with_preamble = responses.c.preamble.is_not(None)
+Index(
+    "ix_responses_preamble",
+    responses.c.tenant,
+    responses.c.preamble,
+    sqlite_where=_with_preamble,
+    postgresql_where=_with_preamble,
+)
 Index(
     "ix_responses_running",
     responses.c.lease_until,

@@ -10,9 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
 from sqlalchemy import bindparam, delete, null, text, update
 
 from responses_ingress.errors import PlacementOutdated, StaleWriter, ThreadBusy
+from responses_ingress.ids import is_named
 from responses_ingress.store.tables import items, journal, responses, threads
 from responses_ingress.store.writer import Batch, Branch, Thread, Unit, insert_of
 
@@ -22,6 +24,7 @@ class Placement:
     """Where a turn belongs.
 
     branch_id, position: what it continues: the branch (maybe another thread's) up to a position.
+    root:        the id of the branch that a new thread begins with; None where the thread is not new.
     first:       the position of its first input item; below `position` where the client sent history.
     new_branch:  the id for a branch, should it need one of its own.
     exclusive:   the thread is a session, and this needs its one running turn. `seen` is then its active
@@ -35,6 +38,7 @@ class Placement:
     position: int
     first: int
     new_branch: str
+    root: str | None = None
     exclusive: bool = False
     seen: tuple[str, int] | None = None
 
@@ -156,8 +160,8 @@ def begin(new: NewResponse, placement: Placement, owner: Owner) -> Unit[None]:
             raise PlacementOutdated  # deleted since it was read, and maybe its items with it
         if placement.exclusive:
             _take_thread(batch, new, placement, owner)
-        elif placement.branch_id == placement.new_branch:
-            batch.add_branch(Branch(placement.new_branch, placement.thread_id, 0), placement.tenant)
+        elif placement.root is not None:
+            batch.add_branch(Branch(placement.root, placement.thread_id, 0), placement.tenant)
         if new.preamble is not None:
             digest, payload = new.preamble
             batch.add(_INSERT_PREAMBLE, tenant=placement.tenant, digest=digest, payload=payload)
@@ -175,9 +179,9 @@ def _take_thread(batch: Batch, new: NewResponse, placement: Placement, owner: Ow
     """Give the thread's one running turn to this response."""
     thread = batch.threads.get(placement.thread_id)
     if thread is None:
-        if placement.seen is not None:
+        if placement.root is None:
             raise PlacementOutdated
-        _add_thread(batch, new, placement, owner)
+        _add_thread(batch, new, placement, placement.root, owner)
         return
     if thread.running is not None and thread.lease_until > batch.now:
         raise ThreadBusy(thread.running)
@@ -185,13 +189,22 @@ def _take_thread(batch: Batch, new: NewResponse, placement: Placement, owner: Ow
     if branch is None or placement.seen != (branch.id, branch.head):
         raise PlacementOutdated
     thread.running, thread.lease_until = new.id, batch.now + owner.lease
-    thread.lineage = new.lineage or thread.lineage
+    thread.lineage = _merged(thread.lineage, new.lineage)
     batch.set_thread(thread)
 
 
-def _add_thread(batch: Batch, new: NewResponse, placement: Placement, owner: Owner) -> None:
+def _merged(known: bytes | None, told: bytes | None) -> bytes | None:
+    """What is known of a thread's lineage: a later turn adds to it and says nothing of most of it."""
+    if known is None or told is None or known == told:
+        return told or known
+    return orjson.dumps({**orjson.loads(known), **orjson.loads(told)})
+
+
+def _add_thread(batch: Batch, new: NewResponse, placement: Placement, root: str, owner: Owner) -> None:
+    """A thread begins with an empty branch, whatever its first turn continues: should that turn fail, it was
+    nothing."""
     lease_until = batch.now + owner.lease
-    thread = Thread(placement.thread_id, placement.tenant, placement.new_branch, new.id, lease_until, new.lineage)
+    thread = Thread(placement.thread_id, placement.tenant, root, new.id, lease_until, new.lineage)
     batch.add(
         _INSERT_THREAD,
         id=thread.id,
@@ -206,8 +219,7 @@ def _add_thread(batch: Batch, new: NewResponse, placement: Placement, owner: Own
         updated_at=new.created_at,
     )
     batch.threads[thread.id] = thread
-    parent = None if placement.branch_id == placement.new_branch else placement.branch_id
-    batch.add_branch(Branch(placement.new_branch, thread.id, placement.position), placement.tenant, parent)
+    batch.add_branch(Branch(root, thread.id, 0), placement.tenant)
 
 
 def _add_response(batch: Batch, new: NewResponse, placement: Placement, owner: Owner) -> None:
@@ -251,10 +263,8 @@ def end(response_id: str, owner: Owner, placement: Placement, ending: Ending, st
 
     def apply(batch: Batch) -> None:
         _check_lease(batch, response_id, owner)
+        branch_id = _append_items(batch, placement, ending) if ending.moves_branch else None
         batch.leases[response_id].status = ending.status
-        branch_id = None
-        if ending.moves_branch:
-            branch_id = _append_items(batch, placement, ending)
         if placement.exclusive:
             _release_thread(batch, response_id, placement, branch_id)
         if ending.memory is not None and placement.exclusive:
@@ -269,8 +279,8 @@ def end(response_id: str, owner: Owner, placement: Placement, ending: Ending, st
     return Unit(
         apply,
         responses=(response_id,),
-        threads=(placement.thread_id,) if placement.exclusive else (),
-        branches=(placement.branch_id, placement.new_branch) if ending.moves_branch else (),
+        threads=(placement.thread_id,) if is_named(placement.thread_id) else (),
+        branches=(placement.branch_id,) if ending.moves_branch else (),
         patient=True,
     )
 
@@ -304,11 +314,10 @@ def _append_items(batch: Batch, placement: Placement, ending: Ending) -> str:
     """Put the turn's items on its branch, or on a new one where that branch has gone on without it."""
     new = [*ending.input, *ending.output]
     stop = placement.position + len(new)
-    own = batch.branches.get(placement.new_branch)
-    branch = own or batch.branches.get(placement.branch_id)
+    branch = batch.branches.get(placement.branch_id)
     if branch is None:
         raise StaleWriter("The branch of this response has been deleted.")
-    if branch.thread_id == placement.thread_id and branch.head == placement.position:
+    if branch.head == placement.position and _is_its_own(batch, placement, branch):
         batch.move_head(branch, stop)
     else:
         parent, branch = branch, Branch(placement.new_branch, placement.thread_id, placement.position)
@@ -326,6 +335,14 @@ def _append_items(batch: Batch, placement: Placement, ending: Ending) -> str:
             payload=item.payload,
         )
     return branch.id
+
+
+def _is_its_own(batch: Batch, placement: Placement, branch: Branch) -> bool:
+    """Whether the turn may go on with the branch itself: one of its thread, and of a session the active one
+    only as the session's own turn."""
+    thread = batch.threads.get(placement.thread_id)
+    active = thread is not None and thread.active_branch == branch.id
+    return branch.thread_id == placement.thread_id and (placement.exclusive or not active)
 
 
 def _release_thread(batch: Batch, response_id: str, placement: Placement, branch_id: str | None) -> None:

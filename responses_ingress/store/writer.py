@@ -19,7 +19,8 @@ from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
 from sqlalchemy import ClauseElement, Executable, Insert, Row, Table, bindparam, insert, select, update
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, NotSupportedError, ProgrammingError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.sql.compiler import SQLCompiler
 
@@ -29,6 +30,12 @@ from responses_ingress.store.tables import branches, responses, threads
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
+
+FAULTS = (IntegrityError, DataError, ProgrammingError, NotSupportedError, ValueError, TypeError, OverflowError)
+"""What is wrong with what was to be written."""
+
+OUTAGES = (DBAPIError, PoolTimeout, OSError)
+"""Any other failure: a database that cannot be reached, or cannot write for now."""
 
 _MOST_UNITS = 200
 _RETRY_DELAY = 0.5
@@ -195,6 +202,10 @@ class Writer:
             self._wake.set()
         return pending.done
 
+    @property
+    def working(self) -> bool:
+        return not self._task.done()
+
     async def close(self) -> None:
         """Commit what is pending, then stop."""
         self._closing = True
@@ -212,30 +223,30 @@ class Writer:
     async def _commit(self, pending: Sequence[_Pending[Any]]) -> None:
         try:
             results = await self._transact(pending)
-        except IntegrityError as error:
+        except FAULTS as error:
             await self._commit_singly(pending, error)
-        except DBAPIError as error:
+        except OUTAGES as error:
             await self._put_off(pending, error)
         else:
             for one, result in zip(pending, results, strict=True):
                 one.fail(result) if isinstance(result, Exception) else one.succeed(result)
 
-    async def _commit_singly(self, pending: Sequence[_Pending[Any]], error: IntegrityError) -> None:
-        """Another worker was first with a row that one of these inserts. Applied again, with the facts
-        as they are now, its unit finds that row; a unit alone is given one more try for that."""
+    async def _commit_singly(self, pending: Sequence[_Pending[Any]], error: Exception) -> None:
+        """One of these cannot be written: alone, it fails alone. Or another worker was first with a row that
+        it inserts: applied again, with the facts as they are now, it finds that row."""
         if len(pending) > 1:
             for one in pending:
                 await self._commit([one])
         elif pending[0].tries:
-            logger.error("a unit of work cannot be written: %s", type(error.orig).__name__)
+            logger.error("a unit of work cannot be written: %s", kind(error))
             pending[0].fail(StoreUnavailable("The database refused to store this.", retry_after=2))
         else:
             pending[0].tries += 1
             await self._commit(pending)
 
-    async def _put_off(self, pending: Sequence[_Pending[Any]], error: DBAPIError) -> None:
+    async def _put_off(self, pending: Sequence[_Pending[Any]], error: Exception) -> None:
         """The database cannot be reached: requests fail, work under way waits for it, up to a limit."""
-        logger.error("the database failed a batch of %d: %s", len(pending), type(error.orig).__name__)
+        logger.error("the database failed a batch of %d: %s", len(pending), kind(error))
         waiting = []
         for one in pending:
             one.tries += 1
@@ -278,6 +289,11 @@ class Writer:
         for row in await _fetch(connection, _BRANCHES, (id for unit in units for id in unit.branches)):
             batch.branches[row.id] = Branch(row.id, row.thread_id, row.head)
         return batch
+
+
+def kind(error: Exception) -> str:
+    """The driver's error by name: its text may hold what was to be written."""
+    return type(getattr(error, "orig", None) or error).__name__
 
 
 def _rank(statement: Executable) -> int:

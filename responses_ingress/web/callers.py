@@ -48,13 +48,16 @@ class Keyring:
         bearer = _bearer(headers)
         if not self.keys:
             return "", bearer
-        for given, own in ((headers.get("x-api-key"), bearer), (bearer, None)):
-            if given is not None and (tenant := self._find(given)) is not None:
-                return tenant, own
-        raise Unauthorized("Incorrect API key provided.")
+        key_tenant, bearer_tenant = self._find(headers.get("x-api-key")), self._find(bearer)
+        tenant = bearer_tenant if key_tenant is None else key_tenant
+        if tenant is None:
+            raise Unauthorized("Incorrect API key provided.")
+        return tenant, bearer if bearer_tenant is None else None
 
-    def _find(self, key: str) -> str | None:
-        digest = sha256(key.encode("latin-1", "replace")).digest()
+    def _find(self, key: str | None) -> str | None:
+        if not key:
+            return None
+        digest = sha256(key.encode()).digest()
         found = None
         for tenant, stored in self.keys:
             if hmac.compare_digest(digest, stored):
@@ -80,13 +83,13 @@ def read_caller(headers: Mapping[str, str], tenant: str, bearer: str | None) -> 
     window = headers.get("x-codex-window-id")
     if window:
         lineage.setdefault("window_id", window)
-    forked_from = lineage.get("forked_from_thread_id")
+    forked_from = metadata.get("forked_from_thread_id")
     return Caller(
         tenant=tenant,
         thread_key=key,
         kind=_kind(headers, metadata),
         lineage=lineage,
-        forked_from=forked_from if isinstance(forked_from, str) else None,
+        forked_from=forked_from if isinstance(forked_from, str) and _is_name(forked_from) else None,
         bearer=bearer,
     )
 
@@ -94,13 +97,17 @@ def read_caller(headers: Mapping[str, str], tenant: str, bearer: str | None) -> 
 def _thread_key(headers: Mapping[str, str]) -> str | None:
     for name in _THREAD_HEADERS:
         key = headers.get(name, "")
-        if len(key) > _MOST_KEY or not key.isprintable():
+        if not _is_name(key):
             raise InvalidValue(
                 f"The header '{name}' is no name for a thread: at most {_MOST_KEY} printable characters."
             )
         if key:
             return key
     return None
+
+
+def _is_name(key: str) -> bool:
+    return len(key) <= _MOST_KEY and key.isprintable()
 
 
 def _turn_metadata(headers: Mapping[str, str]) -> Mapping[str, Any]:
@@ -117,11 +124,13 @@ def _turn_metadata(headers: Mapping[str, str]) -> Mapping[str, Any]:
 
 def _kind(headers: Mapping[str, str], metadata: Mapping[str, Any]) -> str:
     kind = metadata.get("request_kind")
-    if kind in _KINDS:
-        return str(kind)
+    if isinstance(kind, str) and kind in _KINDS:
+        return kind
     return _SUBAGENT_KINDS.get(headers.get("x-openai-subagent", ""), "turn")
 
 
 def is_codex(headers: Mapping[str, str]) -> bool:
     """Whether the client is codex, whose idle timer only data events reset."""
-    return headers.get("originator", "").startswith("codex") or headers.get("user-agent", "").startswith("codex")
+    if headers.get("originator", "").startswith("codex") or headers.get("user-agent", "").startswith("codex"):
+        return True
+    return any(name.startswith("x-codex-") for name in headers)  # programs around it have an originator of their own

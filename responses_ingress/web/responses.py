@@ -13,7 +13,7 @@ from responses_ingress.core.envelope import Envelope
 from responses_ingress.core.items import listed
 from responses_ingress.core.replay import fold
 from responses_ingress.core.request import parse_request
-from responses_ingress.errors import InvalidValue, NotFound
+from responses_ingress.errors import InvalidValue, NotFound, UnsupportedParameter
 from responses_ingress.runs.runner import Runner
 from responses_ingress.store.database import Database
 from responses_ingress.store.responses import (
@@ -60,11 +60,13 @@ class Responses:
         tenant, bearer = self.keyring.tenant(exchange.headers)
         body = await read_json(exchange, self.limits.max_body)
         limits = self.limits
-        request = parse_request(body, max_items=limits.max_items, strict=limits.strict, extra=limits.extra)
+        request = parse_request(
+            body, max_items=limits.max_items, strict=limits.strict, extra=limits.extra, background=False
+        )
         caller = read_caller(exchange.headers, tenant, bearer)
-        run = await self.runner.create(request, caller)
+        run = await self.runner.create(request, caller, exchange.disconnected)
         if request.unknown:
-            logger.info("%s: ignored fields %s", run.id, ", ".join(name[:40] for name in request.unknown[:10]))
+            logger.info("%s: ignored fields %s", run.id, ", ".join(repr(name[:40]) for name in request.unknown[:10]))
         exchange.extra_headers.append((THREAD_HEADER, run.thread_id.encode()))
         if request.stream:
             await reply_stream(exchange, run, self.stream)
@@ -73,6 +75,10 @@ class Responses:
 
     async def retrieve(self, exchange: Exchange) -> None:
         row = await self._find(exchange)
+        if exchange.query().get("stream", ["false"])[-1].lower() in ("true", "1"):
+            raise UnsupportedParameter(
+                "Unsupported parameter: 'stream'. This server cannot stream a response again yet.", param="stream"
+            )
         await exchange.reply(await self._read(row))
 
     async def delete(self, exchange: Exchange) -> None:
@@ -102,12 +108,14 @@ class Responses:
         run = self.runner.get(row.id)
         if run is not None and run.status in RUNNING:  # its ending counts when it is committed
             return run.response()
-        envelope = envelope_of(row)
         async with self.database.reading() as connection:
+            batches = await read_journal(connection, row.id) if row.running else []
+            if row.running and not batches:  # its end, which drops the journal, may have come in between
+                row = await find_response(connection, row.tenant, row.id) or row
             if row.running:
-                return fold(envelope, await read_journal(connection, row.id)).response()
+                return fold(envelope_of(row), batches, silent=True).response()
             output = [] if row.status == "cancelled" else await read_output(connection, row)
-        return envelope | {"output": output}
+        return envelope_of(row) | {"output": output}
 
 
 def _not_found(response_id: str) -> NotFound:
@@ -123,7 +131,7 @@ class _PageQuery:
 
 def _page_query(query: Mapping[str, list[str]]) -> _PageQuery:
     limit = query.get("limit", [str(_DEFAULT_PAGE)])[-1]
-    if not limit.isdecimal() or not 1 <= int(limit[:9]) <= _MOST_PAGE:
+    if not limit.isdecimal() or len(limit) > 9 or not 1 <= int(limit) <= _MOST_PAGE:
         raise InvalidValue(f"Invalid 'limit': expected an integer from 1 to {_MOST_PAGE}.", param="limit")
     order = query.get("order", ["desc"])[-1]
     if order not in ("asc", "desc"):
@@ -147,7 +155,8 @@ def _page(items: Sequence[Item], query: _PageQuery) -> dict[str, object]:
 
 
 def _index(items: Sequence[Item], id: str) -> int:
-    for at, item in enumerate(items):
-        if item["id"] == id:
+    """Where the item is; where two have its id, the later one, so that pages come to an end."""
+    for at in range(len(items) - 1, -1, -1):
+        if items[at]["id"] == id:
             return at
     raise NotFound(f"Item with id '{id[:100]}' not found.", param="after")

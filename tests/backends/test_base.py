@@ -53,7 +53,6 @@ def test_a_model_without_a_route_is_refused_in_the_recorded_form() -> None:
     assert refused.value.message == "The requested model 'o3' does not exist."
 
 
-@pytest.mark.xfail(reason="base.py: find_route repeats the whole name, and a body may be 64 MB")
 def test_a_name_as_long_as_a_book_is_not_repeated() -> None:
     with pytest.raises(ModelNotFound) as refused:
         find_route([], "x" * 100_000)

@@ -21,7 +21,7 @@ from responses_ingress.errors import (
     UpstreamUnreachable,
 )
 from tests.dialects.play import brief, response_of
-from tests.upstream import Drop, Reply, Say, Stream, Upstream, chunk
+from tests.upstream import Drop, Reply, Say, Stream, Upstream, chunk, usage
 
 LOOK = {"type": "function", "name": "look", "parameters": {}}
 
@@ -114,6 +114,16 @@ async def test_what_one_read_brings_is_one_batch(upstream: Upstream, backend: Ch
     assert [texts for texts in said if texts] == [["0 "], [f"{number} " for number in range(1, 20)]]
 
 
+async def test_comments_and_chunks_that_say_nothing_are_no_batches(upstream: Upstream, backend: ChatBackend) -> None:
+    hold, more = asyncio.Event(), asyncio.Event()
+    upstream.script(Stream([b": alive\n\n", hold, chunk({"role": "assistant"}), more, chunk(finish="stop")]))
+    async with aclosing(backend.stream(turn())) as batches:
+        assert await anext(batches) == [Accepted()]
+        hold.set()
+        more.set()
+        assert isinstance((await anext(batches))[-1], Finish)
+
+
 async def test_a_burst_comes_in_portions(upstream: Upstream, backend: ChatBackend) -> None:
     words = [chunk({"content": "x"}) for _ in range(150)]
     upstream.script(Stream([*words, chunk(finish="stop")]))
@@ -133,6 +143,52 @@ async def test_after_the_done_it_reads_no_further_and_leaves(upstream: Upstream,
 async def test_a_stream_without_done_ends_where_it_ends(upstream: Upstream, backend: ChatBackend) -> None:
     upstream.script(Stream([chunk({"content": "hi"}), chunk(finish="stop")], close="end"))
     assert await answered(backend) == [("message", "hi")]
+
+
+@pytest.mark.parametrize("close", ["eof", "reset", "silent"])
+async def test_an_answer_with_a_finish_reason_is_whole_however_it_ends(
+    upstream: Upstream, backend: ChatBackend, monkeypatch: pytest.MonkeyPatch, close: Any
+) -> None:
+    monkeypatch.setattr("responses_ingress.backends.chat._AFTERMATH", 0.05)
+    upstream.script(Stream([chunk({"content": "hi"}), chunk(finish="stop")], close=close))
+    async with asyncio.timeout(2):
+        deltas = flat(await batches_of(backend))
+    assert isinstance(deltas[-1], Finish)
+    assert brief(response_of(deltas)["output"]) == [("message", "hi")]
+
+
+async def test_pings_do_not_keep_an_answer_open_that_is_over(
+    upstream: Upstream, backend: ChatBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("responses_ingress.backends.chat._AFTERMATH", 0.05)
+    upstream.script(Stream([chunk({"content": "hi"}), chunk(finish="stop"), *[b": ping\n\n"] * 200], pace=0.01))
+    async with asyncio.timeout(1):
+        assert await answered(backend) == [("message", "hi")]
+    await upstream.closed(0)
+
+
+async def test_usage_that_comes_late_is_waited_for(upstream: Upstream, backend: ChatBackend) -> None:
+    hold = asyncio.Event()
+    used = {**chunk(), "choices": [], "usage": usage(3, 4)}
+    upstream.script(Stream([chunk({"content": "hi"}), chunk(finish="stop"), hold, used], close="eof"))
+    asyncio.get_running_loop().call_later(0.05, hold.set)
+    last = flat(await batches_of(backend))[-1]
+    assert isinstance(last, Finish)
+    assert (last.usage or {})["total_tokens"] == 7
+
+
+async def test_a_connection_is_kept_where_the_body_ends_after_the_done(
+    upstream: Upstream, backend: ChatBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("responses_ingress.backends.upstream._REST", 5)
+    hold = asyncio.Event()
+    done: list[Any] = [chunk({"content": "hi"}), chunk(finish="stop"), b"data: [DONE]\n\n", hold]
+    upstream.script(Stream(done, close="end"), Say("again"))
+    assert await answered(backend) == [("message", "hi")]  # it does not wait
+    hold.set()
+    await asyncio.sleep(0.02)
+    assert await answered(backend) == [("message", "again")]
+    assert upstream.calls[1].reused
 
 
 # Failures.
@@ -300,6 +356,31 @@ async def test_a_kind_of_tool_that_is_left_out_is_logged_once(
         await batches_of(backend, turn(tools=[LOOK, {"type": "web_search"}]))
     assert [call.json["tools"][0]["function"]["name"] for call in upstream.calls] == ["look", "look"]
     assert caplog.text.count("web_search") == 1
+
+
+async def test_types_that_clients_make_up_are_neither_logged_nor_remembered(
+    upstream: Upstream, backend: ChatBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "responses_ingress.backends.chat")
+    upstream.script(*[Say("hi")] * 3)
+    for number in range(3):
+        await batches_of(backend, turn(tools=[{"type": f"made-up\n{number}"}]))
+    assert "made-up" not in caplog.text
+    assert [record.getMessage().rpartition(" ")[2] for record in caplog.records] == ["other"]
+
+
+async def test_a_list_of_models_is_not_waited_for_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()  # until the client leaves
+        writer.close()
+
+    monkeypatch.setattr("responses_ingress.backends.chat._LISTING", 0.05)
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        backend = ChatBackend(Settings("slow", url), ChatOptions())
+        with pytest.raises(UpstreamTimeout, match="list its models"):
+            await asyncio.wait_for(backend.models(), 2)
+        await backend.close()
 
 
 async def test_its_name_is_the_upstreams(backend: ChatBackend) -> None:

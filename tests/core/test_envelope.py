@@ -189,6 +189,7 @@ def test_a_background_response_begins_queued() -> None:
 
 
 def test_part_of_a_nested_object_is_filled_with_defaults() -> None:
+    assert opened(text={"format": None})["text"] == {"format": {"type": "text"}}
     assert opened(text={"verbosity": "low"})["text"] == {"format": {"type": "text"}, "verbosity": "low"}
     assert opened(reasoning={"effort": "low"})["reasoning"] == {"effort": "low", "summary": None}
 

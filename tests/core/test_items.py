@@ -158,7 +158,9 @@ def test_a_digest_leaves_its_item_as_it_was(item: Json) -> None:
     assert orjson.dumps(item) == before
 
 
-@pytest.mark.parametrize("type", ["message", "compaction", "additional_tools", *{i["type"] for i in (CALL, ANSWER)}])
+@pytest.mark.parametrize(
+    "type", ["message", "compaction", "additional_tools", *(item["type"] for item in (CALL, ANSWER, CUSTOM))]
+)
 def test_what_history_cannot_do_without_is_an_anchor(type: str) -> None:
     assert is_anchor(type)
 

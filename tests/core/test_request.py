@@ -97,6 +97,19 @@ WRONG: list[tuple[object, str | None, str | None]] = [
     (asked(metadata={"a": "x" * 513}), "string_above_max_length", "metadata.a"),
     (asked(metadata={"k" * 65: ""}), "string_above_max_length", f"metadata.{'k' * 65}"),
     (asked(safety_identifier="x" * 129), "string_above_max_length", "safety_identifier"),
+    (asked(metadata={"k" * 9000: ""}), "string_above_max_length", f"metadata.{'k' * 100}"),
+    # names
+    (asked(model="x" * 513), "string_above_max_length", "model"),
+    (asked(previous_response_id="x" * 513), "string_above_max_length", "previous_response_id"),
+    (asked(conversation="x" * 513), "string_above_max_length", "conversation"),
+    (asked(conversation={"id": "x" * 513}), TYPE, "conversation"),
+    (asked(model="a\0b"), VALUE, "model"),
+    (asked(previous_response_id="a\0"), VALUE, "previous_response_id"),
+    (asked(conversation="\0"), VALUE, "conversation"),
+    (said(USER, {**USER, "id": ""}), VALUE, "input[1].id"),
+    (said({**USER, "id": "x" * 513}), VALUE, "input[0].id"),
+    (said({**CALL, "id": "a\0b"}), VALUE, "input[0].id"),
+    (said({"id": "a\0b"}), VALUE, "input[0].id"),
     # values
     (asked(truncation="always"), VALUE, "truncation"),
     (asked(tool_choice="always"), VALUE, "tool_choice"),
@@ -158,6 +171,16 @@ def test_a_wrong_request_is_a_400_that_names_what_is_wrong(body: object, code: s
     assert refusal(body) == (400, code, param)
 
 
+@pytest.mark.parametrize("name", ["x" * 512, "日本" * 256, "a\nb"], ids=["long", "wide", "lines"])
+def test_a_model_may_have_any_name_of_some_length(name: str) -> None:
+    assert parse_request(asked(model=name)).model == name
+
+
+def test_the_background_is_refused_where_there_is_none() -> None:
+    assert refusal(asked(background=True), background=False) == (400, "unsupported_parameter", "background")
+    assert parse_request(asked(background=False), background=False).background is False
+
+
 def test_a_prompt_is_not_found() -> None:
     assert refusal(asked(prompt={"id": "pmpt_1"})) == (404, None, None)
 
@@ -177,6 +200,7 @@ def test_unknown_fields_are_named_and_refused_only_where_that_is_asked() -> None
     body = asked(top_k=5, seed=1)
     assert parse_request(body).unknown == ["top_k", "seed"]
     assert refusal(body, strict=True) == (400, "unknown_parameter", "top_k")
+    assert refusal(asked(**{"x" * 9000: 1}), strict=True) == (400, "unknown_parameter", "x" * 100)
     assert parse_request(asked(), strict=True).unknown == []
 
 
@@ -290,7 +314,10 @@ def test_an_item_without_a_type_is_a_message_or_a_reference() -> None:
         {"type": "additional_tools", "role": "developer", "tools": [OBJECT]},
         {"type": "local_shell_call", "action": {"command": ["ls"]}, "call_id": "c"},
         {"type": "computer_call_output", "call_id": "c", "output": {"type": "computer_screenshot"}},
-        {"type": "acme:telemetry", "data": 1},
+        {"type": "acme:telemetry", "data": 1, "content": ["x"], "summary": [1], "output": [None]},
+        {"type": "shell_call_output", "call_id": "c", "output": [{"stdout": "x", "stderr": "", "outcome": {}}]},
+        {**USER, "type": "message", "id": "x" * 512},
+        {**USER, "type": "message", "id": "日本\n"},
     ],
 )
 def test_an_item_of_any_type_is_kept_as_it_is(item: Json) -> None:

@@ -178,6 +178,10 @@ def test_without_usable_tools_nothing_about_tools_is_sent() -> None:
             [{"type": "image_url", "image_url": {"url": "https://x"}}],
         ),
         (
+            [{"type": "input_image", "image_url": "https://x", "detail": ["high"]}],
+            [{"type": "image_url", "image_url": {"url": "https://x"}}],
+        ),
+        (
             [{"type": "input_file", "filename": "a.pdf", "file_data": "data:y", "file_url": None}],
             [{"type": "file", "file": {"file_data": "data:y", "filename": "a.pdf"}}],
         ),

@@ -93,8 +93,6 @@ def test_statuses(status: int, ours: int) -> None:
             "upstream_error",
             "Provider returned error It burns.",
         ),
-        (401, {"error": {"message": "Wrong key", "code": "invalid_api_key"}}, "upstream_refused", "Wrong key."),
-        (403, {"error": {"message": "No", "type": "permission_error"}}, "upstream_refused", "No."),
     ],
 )
 def test_code_and_message(status: int, body: Any, code: str, message: str) -> None:
@@ -104,6 +102,24 @@ def test_code_and_message(status: int, body: Any, code: str, message: str) -> No
         error.message
         == f"The upstream {'failed' if status > 499 else 'refused the request'} (status {status}): {message}"
     )
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (401, {"message": "Wrong key sk-1", "code": "invalid_api_key"}),
+        (401, {"message": "maximum context length, rate_limit"}),
+        (403, {"message": "No, sk-1", "type": "permission_error"}),
+        (400, {"message": "Incorrect API key provided: sk-1"}),
+        (400, {"message": "API key not valid. Please pass a valid API key."}),
+        (400, {"message": "sk-1", "type": "authentication_error"}),
+    ],
+)
+def test_nothing_is_told_of_the_operators_key(status: int, said: Any) -> None:
+    error = read_error(status, orjson.dumps({"error": said}))
+    assert (error.status, error.code) == (status, "upstream_refused")
+    assert error.message == "The upstream refused its credentials."
+    assert in_band({"error": {**said, "status_code": status}}) == error.detail()
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,25 @@ def test_a_function_stays_as_it_is() -> None:
     assert (made.choice, made.dropped) == (Choice("auto"), ())
 
 
+@pytest.mark.parametrize(
+    "tool",
+    [
+        {**PATCH, "format": "zz"},
+        {**PATCH, "format": [1]},
+        {**PATCH, "description": ["a"]},
+        function("f", description=7),
+        function("f", description={"a": 1}),
+        {**function("f"), "parameters": "zz"},
+        namespace("n", function("f")) | {"description": ["a"]},
+        namespace("n", function("f", description=["a"]), description="About."),
+    ],
+)
+def test_a_field_of_the_wrong_type_is_refused(tool: Json) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        box(tool)
+    assert (refused.value.status, refused.value.param) == (400, "tools")
+
+
 @pytest.mark.parametrize("parameters", [None, {}])
 def test_a_function_without_parameters_gets_an_empty_object(parameters: object) -> None:
     [made] = box(function("f", parameters=parameters, description=None, strict=None)).functions

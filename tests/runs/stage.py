@@ -32,6 +32,37 @@ SESSION = Caller(thread_key="a session")
 _POLL = 0.005
 
 
+class Watched(Database):
+    """Knows when it is in use, so that a test does not close a runner that is busy with its upkeep.
+
+    uses: how often it was read from or written to, but for what goes through the writer. users: how many
+    do so now.
+    """
+
+    uses, users = 0, 0
+
+    @asynccontextmanager
+    async def reading(self) -> AsyncIterator[AsyncConnection]:
+        with self._using():
+            async with super().reading() as connection:
+                yield connection
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[AsyncConnection]:
+        with self._using():
+            async with super().transaction() as connection:
+                yield connection
+
+    @contextmanager
+    def _using(self) -> Iterator[None]:
+        self.uses += 1
+        self.users += 1
+        try:
+            yield
+        finally:
+            self.users -= 1
+
+
 @dataclass(slots=True)
 class Stage:
     """One process's worth: its clock, its backend and its runner, over the database at `url`."""
@@ -39,7 +70,7 @@ class Stage:
     url: str
     clock: ManualClock
     ids: Ids
-    database: Database
+    database: Watched
     backend: ScriptedBackend
     metrics: Metrics
     runner: Runner
@@ -74,33 +105,6 @@ class Stage:
         return self.rows("SELECT * FROM journal WHERE response_id = ? ORDER BY first", response_id)
 
 
-class _Watched(Database):
-    """Knows when it is in use, so that a test does not close a runner that is busy with its upkeep."""
-
-    used, users = False, 0
-
-    @asynccontextmanager
-    async def reading(self) -> AsyncIterator[AsyncConnection]:
-        with self._using():
-            async with super().reading() as connection:
-                yield connection
-
-    @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[AsyncConnection]:
-        with self._using():
-            async with super().transaction() as connection:
-                yield connection
-
-    @contextmanager
-    def _using(self) -> Iterator[None]:
-        self.used = True
-        self.users += 1
-        try:
-            yield
-        finally:
-            self.users -= 1
-
-
 @asynccontextmanager
 async def staged(
     url: str,
@@ -115,12 +119,12 @@ async def staged(
     clock = clock or ManualClock()
     ids = Ids(clock, Random(seed).randbytes)
     backend = ScriptedBackend()
-    database = _Watched(url, clock)
+    database = Watched(url, clock)
     metrics = Metrics()
     found = routes(backend) if routes else [Route("*", backend)]
     runner = Runner(database, found, limits or Limits(), metrics, ids)
     try:
-        await until(lambda: database.used and not database.users)  # the runner's first look at what was left behind
+        await until(lambda: database.uses and not database.users)  # the runner's first look at what was left behind
         yield Stage(url, clock, ids, database, backend, metrics, runner)
     finally:
         await until(lambda: not database.users)

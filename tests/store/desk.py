@@ -54,8 +54,9 @@ class Desk:
     def chain(self, tenant: str = "") -> Placement:
         """The place of a first turn that names no thread."""
         partition = self.ids.partition()
-        branch = self.ids.branch(partition)
-        return Placement(tenant, self.ids.make("thread", partition), None, branch, 0, 0, branch)
+        root = self.ids.branch(partition)
+        thread_id = self.ids.make("thread", partition)
+        return Placement(tenant, thread_id, None, root, 0, 0, self.ids.branch(partition), root)
 
     async def after(self, response_id: str, tenant: str = "") -> Placement:
         """The place behind a response, for a turn that names no thread."""
@@ -70,7 +71,8 @@ class Desk:
         branch = self.ids.branch(partition_of(thread_id))
         head = await self.thread(key, tenant)
         if head is None:
-            return Placement(tenant, thread_id, key, branch, 0, 0, branch, exclusive=True)
+            root = self.ids.branch(partition_of(thread_id))
+            return Placement(tenant, thread_id, key, root, 0, 0, branch, root, exclusive=True)
         seen = (head.active_branch, head.head)
         return Placement(
             tenant, thread_id, key, head.active_branch, head.head, head.head, branch, exclusive=True, seen=seen

@@ -124,6 +124,29 @@ async def test_a_failure_of_the_database_is_told_as_one_to_try_again(desk: Desk,
     assert await stored(desk.database) == 0
 
 
+DOWN = ["postgresql+asyncpg://nobody@127.0.0.1:1/db", "postgresql+asyncpg://nobody@/db?host=/no/such/folder"]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("url", DOWN, ids=["no port", "no socket"])
+async def test_a_server_that_is_down_is_told_as_one_to_try_again(way: Way, url: str) -> None:
+    database = Database(url, Clock())
+    for _ in range(2):  # the first failure does not end it
+        with pytest.raises(StoreUnavailable):
+            await way.use(database, "SELECT 1")
+    with pytest.raises(StoreUnavailable):
+        await database.check()
+    await database.close()
+
+
+async def test_a_database_that_answers_and_is_written_to_is_well(each_database: str) -> None:
+    database = Database(each_database, Clock())
+    await database.check()
+    await database.close()
+    with pytest.raises(StoreUnavailable):
+        await database.check()
+
+
 async def test_an_error_of_ours_passes_through_as_it_is(desk: Desk) -> None:
     with pytest.raises(InvalidRequest):
         async with desk.database.transaction() as connection:

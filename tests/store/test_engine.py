@@ -122,9 +122,11 @@ async def test_a_reader_is_in_no_transaction(each_database: str) -> None:
             busy, _, _ = (await connection.execute(text("PRAGMA wal_checkpoint(TRUNCATE)"))).one()
             assert busy == 0
         else:
-            age = text("SELECT state, xact_start IS NULL FROM pg_stat_activity WHERE pid = pg_backend_pid()")
-            state, _ = (await connection.execute(age)).one()
-            assert state == "active"
+            other = await engine.connect()
+            me = (await connection.execute(text("SELECT pg_backend_pid()"))).scalar_one()
+            asked = text("SELECT state FROM pg_stat_activity WHERE pid = :pid")
+            assert (await other.execute(asked, {"pid": me})).scalar_one() == "idle"
+            await other.close()
     await engine.dispose()
 
 

@@ -194,7 +194,7 @@ moves = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 3)), min_size=1, m
 
 
 @given(moves)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_tree_of_turns_reads_as_if_every_response_had_a_copy_of_its_history(
     copy_of_database: Callable[[], str], moves: list[tuple[int, int]]
 ) -> None:

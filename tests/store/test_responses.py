@@ -150,7 +150,11 @@ async def test_expired_responses_come_whatever_their_tenant_and_store(desk: Desk
 
 
 async def test_a_deleted_response_is_gone_with_its_items_and_its_journal(desk: Desk) -> None:
-    response_id = await desk.turn(desk.chain(), "a", "1")
+    placement = desk.chain()
+    response_id = await desk.begin(placement)
+    await desk.journal(response_id, 0)
+    await desk.end(response_id, placement, ["a"], ["1"], journaled=False)
+    assert await rows(desk) == {"responses": 1, "items": 2, "journal": 1}
     assert await desk.delete(response_id) is True
     assert await desk.find(response_id) is None
     assert await rows(desk) == {"responses": 0, "items": 0, "journal": 0}
@@ -227,6 +231,7 @@ async def test_what_a_running_child_builds_on_stays(desk: Desk) -> None:
 
 
 async def test_what_a_running_child_in_another_thread_builds_on_stays(desk: Desk) -> None:
+    await desk.turn(await desk.session(), "x", "X")
     root = await desk.turn(desk.chain(), "a", "1")
     row = await desk.row(root)
     place = replace(await desk.session(), branch_id=row.branch_id or "", position=2, first=2)
@@ -240,6 +245,8 @@ async def test_the_last_turn_of_a_session_takes_its_items_with_it(desk: Desk) ->
     await desk.turn(await desk.session(), "a", "1")
     last = await desk.turn(await desk.session(), "b", "2")
     assert await desk.delete(last)
+    thread = await desk.thread()
+    assert thread is not None and thread.head == 2
     assert await desk.history() == ["a", "1"]
     await desk.turn(await desk.session(), "c", "3")
     assert await desk.history() == ["a", "1", "c", "3"]

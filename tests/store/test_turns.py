@@ -132,7 +132,7 @@ async def test_a_turn_placed_before_the_thread_changed_its_branch_is_outdated(de
 
 
 async def test_a_turn_placed_in_a_thread_that_is_gone_is_outdated(desk: Desk) -> None:
-    placed = replace(await desk.session(), seen=("a branch", 3))
+    placed = replace(await desk.session(), root=None, seen=("a branch", 3))
     with pytest.raises(PlacementOutdated):
         await desk.begin(placed)
 
@@ -157,6 +157,20 @@ async def test_a_renewed_lease_keeps_the_session(desk: Desk) -> None:
     with pytest.raises(ThreadBusy):
         await desk.begin(await desk.session())
     assert await expired(desk) == []
+
+
+async def test_workers_that_store_the_same_anew_in_another_order_do_not_fail_each_other(
+    desk: Desk, other_desk: Desk
+) -> None:
+    for number in range(20):
+        preambles = [(b"%d-%d" % (number, n), b"x" * 3000) for n in range(30)]
+        futures = []
+        for worker, given in ((desk, preambles), (other_desk, preambles[::-1])):
+            for preamble in given:
+                place = worker.chain()
+                futures.append(worker.database.submit(begin(worker.new(place, preamble=preamble), place, worker.owner)))
+        assert set(await outcomes(futures)) == {None}
+    assert await desk.count("preambles") == 600
 
 
 async def test_what_repeats_from_turn_to_turn_is_stored_once(desk: Desk) -> None:
@@ -209,7 +223,7 @@ async def test_an_end_puts_input_and_output_on_the_branch_and_drops_the_journal(
     row = await desk.row(response_id)
     assert (row.status, row.branch_id, row.first, row.own, row.output_at, row.stop) == (
         "completed",
-        placement.new_branch,
+        placement.root,
         0,
         0,
         2,
@@ -463,11 +477,13 @@ async def test_a_response_that_never_began_is_not_written(desk: Desk, write: str
 
 @pytest.mark.parametrize("store", [True, False])
 async def test_of_two_endings_in_one_transaction_one_counts(desk: Desk, store: bool) -> None:
+    await desk.turn(await desk.session(), "a", "1")
     placement = await desk.session()
     response_id = await desk.begin(placement, store=store)
-    endings = [desk.ending(response_id, placement, ["a"], [text], store=store) for text in "12"]
+    endings = [desk.ending(response_id, placement, ["b"], [text], store=store) for text in "23"]
     assert await outcomes([desk.database.submit(unit) for unit in endings]) == [None, StaleWriter]
-    assert await desk.history() == ["a", "1"]
+    assert await desk.history() == ["a", "1", "b", "2"]
+    assert (await desk.count("items"), await desk.count("branches")) == (4, 1)
 
 
 async def test_of_two_workers_that_take_over_one_has_it(desk: Desk, other_desk: Desk) -> None:
@@ -546,3 +562,13 @@ async def test_a_later_end_than_its_successors_does_not_change_the_session(desk:
     await desk.end(late, late_place, ["late"], ["x"])
     assert await desk.history() == ["a", "1", "b", "2"]
     assert await desk.lineage(late) == ["a", "1", "late", "x"]
+
+
+async def test_a_late_end_of_a_sessions_first_turn_is_kept_beside_what_came_instead(desk: Desk) -> None:
+    late_place = await desk.session()
+    late = await desk.begin(late_place)
+    desk.clock.now += LEASE + 1
+    await desk.turn(await desk.session(), "b", "2")
+    await desk.end(late, late_place, ["late"], ["x"])
+    assert await desk.history() == ["b", "2"]
+    assert await desk.lineage(late) == ["late", "x"]

@@ -269,9 +269,12 @@ async def test_work_that_waited_goes_before_what_came_later(bench: Bench, outage
 
     async with outage():
         first = [bench.submit(noted(number), patient=True) for number in (1, 2)]
-        await outcome(bench.submit(refuses))
-    await asyncio.gather(*first, bench.submit(noted(3)))
-    assert order[-3:] == [1, 2, 3]
+        request = bench.submit(refuses)
+        await asyncio.sleep(0)  # so that the writer is at them
+        later = bench.submit(noted(3), patient=True)
+        await outcome(request)
+    await asyncio.gather(*first, later, bench.submit(noted(4)))
+    assert order == [1, 2, 3, 4]
 
 
 async def test_a_writer_goes_on_after_an_outage(bench: Bench, outage: Outage) -> None:

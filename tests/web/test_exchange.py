@@ -124,6 +124,34 @@ async def test_json_is_refused_where_it_is_nested_deeper_than_it_could_be_writte
             assert (refused.status, refused.error["type"]) == (400, "invalid_request_error")
 
 
+def crowded(pair: bytes, count: int) -> bytes:
+    """A request with an unknown field of so many values."""
+    return ASK[:-1] + b',"odd":[' + pair * count + b"0]}"
+
+
+@pytest.mark.parametrize("pair", [b"{},", b"[],", b"0,", b'"",', b'{"a":0},'])
+async def test_a_body_of_millions_of_values_is_refused_before_it_is_parsed(migrated_database: str, pair: bytes) -> None:
+    async with opened_site(migrated_database) as site:
+        packed = zstandard.compress(crowded(pair, 1_000_001))
+        assert len(packed) < 10_000
+        answer = await post(site, packed, content_encoding="zstd")
+        assert (answer.status, answer.error["code"]) == (413, "request_too_large")
+        assert "at most 1000000 commas, braces and brackets" in answer.error["message"]
+
+
+async def test_a_large_body_of_few_values_is_read(migrated_database: str) -> None:
+    async with opened_site(migrated_database) as site:
+        site.stage.backend.script(spoken("hi"))
+        body = crowded(b'"' + b"x" * 100 + b'",', 100_000)
+        assert (await post(site, body)).status == 200
+
+
+@pytest.mark.parametrize("length", ["\xb2", "9" * 5000], ids=["odd", "long"])
+async def test_a_declared_length_that_is_no_length_is_no_failure_of_ours(site: Site, length: str) -> None:
+    answer = await post(site, ASK, content_length=length)
+    assert answer.status in (200, 413)
+
+
 @pytest.mark.parametrize("body", [b"", b"{", ASK + b"x", b'{"a": NaN}', b"\xff"])
 async def test_what_is_no_json_is_refused_with_the_place(site: Site, body: bytes) -> None:
     answer = await post(site, body)
@@ -162,5 +190,22 @@ async def test_a_failure_of_our_own_is_an_error_object_and_tells_nothing_of_the_
 
 
 def test_header_names_are_lower_case_and_the_first_of_two_counts() -> None:
-    raw = [(b"x-a", b"1"), (b"x-b", b"\xe9"), (b"x-a", b"2")]
-    assert decode_headers(raw) == {"x-a": "1", "x-b": "é"}
+    assert decode_headers([(b"x-a", b"1"), (b"x-b", b"3"), (b"x-a", b"2")]) == {"x-a": "1", "x-b": "3"}
+
+
+@pytest.mark.parametrize("text", ["café", "straße", "日本", "plain", ""])
+def test_header_values_are_utf_8(text: str) -> None:
+    assert decode_headers([(b"x-a", text.encode())]) == {"x-a": text}
+
+
+@pytest.mark.parametrize("text", ["café", "straße"])
+def test_header_values_that_are_no_utf_8_are_latin_1(text: str) -> None:
+    assert decode_headers([(b"x-a", text.encode("latin-1"))]) == {"x-a": text}
+
+
+@pytest.mark.parametrize("name", ["café", "straße", "日本"])
+async def test_a_session_has_a_name_in_any_script(site: Site, name: str) -> None:
+    sent = name.encode().decode("latin-1")  # the same bytes
+    assert (await post(site, ASK, session_id=sent)).status == 200
+    (row,) = site.stage.rows("SELECT key FROM threads")
+    assert row["key"] == name

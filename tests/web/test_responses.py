@@ -103,6 +103,24 @@ async def test_a_cancelled_response_is_retrieved_without_output(migrated_databas
         assert (found["status"], found["output"], found["error"]) == ("cancelled", [], None)
 
 
+@pytest.mark.parametrize(("query", "status"), [("stream=true", 400), ("stream=false", 200), ("include[]=x", 200)])
+async def test_a_response_is_not_streamed_again(site: Site, query: str, status: int) -> None:
+    created = await site.create(*spoken("hi"))
+    found = await site.get(f"/v1/responses/{created.json['id']}?{query}")
+    assert found.status == status
+    if status == 400:
+        assert (found.error["code"], found.error["param"]) == ("unsupported_parameter", "stream")
+
+
+async def test_nothing_runs_in_the_background(site: Site) -> None:
+    refused = await site.create(background=True)
+    assert (refused.status, refused.error["code"]) == (400, "unsupported_parameter")
+    assert refused.error["param"] == "background"
+    assert site.stage.backend.calls == []
+    created = await site.create(*spoken("hi"), background=False)
+    assert (created.status, created.json["background"]) == (200, False)
+
+
 async def test_a_response_that_is_not_stored_is_not_found(site: Site) -> None:
     created = await site.create(*spoken("hi"), store=False)
     for path in ("", "/input_items"):
@@ -190,6 +208,9 @@ async def test_pages_follow_one_another_without_gap_or_repeat(listed: tuple[Site
         ("limit=", 400, "limit"),
         ("limit=9999999999999999999999", 400, "limit"),
         ("limit=%C2%B2", 400, "limit"),
+        ("limit=0000000010000", 400, "limit"),
+        ("limit=" + "0" * 5000 + "5", 400, "limit"),
+        ("limit=005", 200, None),
         ("order=up", 400, "order"),
         ("order=", 400, "order"),
         ("after=msg_none", 404, "after"),
@@ -206,6 +227,18 @@ async def test_a_wrong_query_is_refused_and_named(
     answer = await site.get(f"{path}?{query}")
     assert answer.status == status
     assert status == 200 or answer.error["param"] == param
+
+
+@pytest.mark.parametrize("order", ["asc", "desc"])
+async def test_pages_come_to_an_end_where_two_items_have_one_id(site: Site, order: str) -> None:
+    items = [{"id": "msg_same", **message(text)} for text in "ab"] + [{"id": "msg_other", **message("c")}]
+    created = await site.create(*spoken("hi"), input=items)
+    path = f"/v1/responses/{created.json['id']}/input_items?limit=1&order={order}"
+    pages = [await site.get(path)]
+    while pages[-1].json["has_more"]:
+        assert len(pages) < 3
+        pages.append(await site.get(f"{path}&after={pages[-1].json['last_id']}"))
+    assert {item["id"] for page in pages for item in page.json["data"]} == {"msg_same", "msg_other"}
 
 
 async def test_listed_messages_have_parts_and_a_status(site: Site) -> None:
@@ -244,10 +277,12 @@ async def test_unknown_fields_are_ignored_and_named_in_the_log_or_refused_where_
     migrated_database: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
+    odd: dict[str, Any] = {"odd_field": "secret", "a\nb": 1, "x" * 50: 1}
     async with opened_site(migrated_database) as site:
-        created = await site.create(*spoken("hi"), odd_field="secret")
+        created = await site.create(*spoken("hi"), **odd)
         assert created.status == 200
-        assert f"{created.json['id']}: ignored fields odd_field" in caplog.text
+        ignored = rf"{created.json['id']}: ignored fields 'odd_field', 'a\nb', '{'x' * 40}'"
+        assert f"{ignored}\n" in caplog.text
         assert "secret" not in caplog.text
     async with opened_site(migrated_database, requests=RequestLimits(strict=True)) as site:
         refused = await site.create(odd_field="secret")
