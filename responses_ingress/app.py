@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from time import time
 
-from starlette.types import ASGIApp
+from starlette.types import Receive, Scope, Send
 
 from responses_ingress import settings as configuration
 from responses_ingress.backends.base import Backend, Route
@@ -28,27 +28,45 @@ from responses_ingress.web.routes import Health, Web, build
 _GARBAGE = 20_000  # objects
 
 
-def create_app(settings: Settings) -> ASGIApp:
-    """The application for `settings`. It opens its database and backends when the server starts it."""
-    ids = Ids()
+class Application:
+    """The application for `settings`, as ASGI. It opens its database and backends when the server starts it."""
+
+    def __init__(self, settings: Settings) -> None:
+        ids = Ids()
+        self._settings = settings
+        self._ids = ids
+        self._runner: Runner | None = None
+        self._app = build(self._open, ids)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
+
+    async def stop(self) -> None:
+        """Begin nothing more and end what runs, so that every open stream gets its terminal event. A server
+        calls this when it is told to stop, before it closes its connections."""
+        if self._runner is not None:
+            await self._runner.close(self._settings.shutdown_grace)
 
     @asynccontextmanager
-    async def open_web() -> AsyncIterator[Web]:
+    async def _open(self) -> AsyncIterator[Web]:
+        settings = self._settings
         await migrate.ensure(settings.async_database_url, auto=settings.migrates)
         database = Database(settings.async_database_url, time, settings.synchronous)
         backends = make_backends(settings)
         metrics = Metrics()
-        runner = Runner(database, make_routes(settings, backends), make_limits(settings), metrics, ids)
+        self._runner = Runner(database, make_routes(settings, backends), make_limits(settings), metrics, self._ids)
         _settle_heap()
         try:
-            yield make_web(settings, runner, database, metrics)
+            yield make_web(settings, self._runner, database, metrics)
         finally:
-            await runner.close(settings.shutdown_grace)
+            await self.stop()
             for backend in backends.values():
                 await backend.close()
             await database.close()
 
-    return build(open_web, ids)
+
+def create_app(settings: Settings) -> Application:
+    return Application(settings)
 
 
 def _settle_heap() -> None:
@@ -59,7 +77,7 @@ def _settle_heap() -> None:
     gc.set_threshold(_GARBAGE, 10, 10)
 
 
-def create_app_from_environment() -> ASGIApp:
+def create_app_from_environment() -> Application:
     """The application of one of several workers: `serve` has put the settings into the environment."""
     return create_app(configuration.load(None, {}))
 

@@ -22,7 +22,11 @@ class Backend(Protocol):
     def name(self) -> str: ...
 
     def stream(self, turn: Turn) -> AsyncGenerator[Sequence[Delta], None]:
-        """The turn's deltas, in batches; the last one is a `Finish`."""
+        """The turn's deltas, in batches; the last one is a `Finish`.
+
+        Called before the response begins: raises `InvalidRequest` at once for a turn that the upstream cannot
+        be asked for. Nothing is sent before the first batch is asked for.
+        """
         ...
 
     async def models(self) -> Sequence[str]:

@@ -14,7 +14,7 @@ import orjson
 from responses_ingress.backends.upstream import Answer, Client, Upstream, parse_json
 from responses_ingress.core.deltas import Accepted, Delta, Finish
 from responses_ingress.core.turn import Turn
-from responses_ingress.dialects.chat import ChatOptions, encode
+from responses_ingress.dialects.chat import ChatCall, ChatOptions, encode
 from responses_ingress.dialects.chat_reader import ChatReader
 from responses_ingress.dialects.failures import read_error
 from responses_ingress.dialects.sse import Parser, ServerEvent
@@ -54,12 +54,14 @@ class ChatBackend:
     def name(self) -> str:
         return self._upstream.name
 
-    async def stream(self, turn: Turn) -> AsyncGenerator[Sequence[Delta], None]:
+    def stream(self, turn: Turn) -> AsyncGenerator[Sequence[Delta], None]:
         call = encode(turn, self._options)
         self._tell(call.dropped)
+        return self._stream(call, turn.bearer)
+
+    async def _stream(self, call: ChatCall, bearer: str | None) -> AsyncGenerator[Sequence[Delta], None]:
         reader = ChatReader(call.tools)
-        body = orjson.dumps(call.body)
-        answer = await self._client.post("/chat/completions", body, turn.bearer)
+        answer = await self._client.post("/chat/completions", orjson.dumps(call.body), bearer)
         try:
             if answer.status >= 400:
                 raise read_error(answer.status, await answer.read_error(), answer.retry_after)

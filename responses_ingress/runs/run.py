@@ -19,14 +19,13 @@ The one broad `except` of the project outside the web edge is here.
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
 
-from responses_ingress.backends.base import Backend
 from responses_ingress.core.builder import Builder, Event
 from responses_ingress.core.deltas import Accepted, Delta, Finish, Item, Open, Remember, Text
 from responses_ingress.core.deltas import encode as encode_deltas
@@ -42,6 +41,9 @@ from responses_ingress.store.turns import Ending, NewItem, Owner, Placement, app
 logger = logging.getLogger(__name__)
 
 _STATUSES = {"context_length_exceeded": 400, "rate_limit_exceeded": 429}
+
+
+Deltas = AsyncGenerator[Sequence[Delta], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +76,9 @@ class Kit:
 class Run:
     """One response in the making. Its own task drives it; everyone else follows the feed."""
 
-    def __init__(self, turn: Turn, backend: Backend, envelope: Envelope, record: Record | None, kit: Kit) -> None:
+    def __init__(self, turn: Turn, deltas: Deltas, envelope: Envelope, record: Record | None, kit: Kit) -> None:
         self.id = turn.response_id
         self.thread_id = turn.thread_id
-        self.backend = backend
         self.background = bool(envelope["background"])
         self.error: IngressError | None = None
         self.was_accepted = False
@@ -86,7 +87,7 @@ class Run:
         loop = asyncio.get_running_loop()
         self.accepted: asyncio.Future[None] = loop.create_future()
         self.ended: asyncio.Future[None] = loop.create_future()
-        self._turn = turn
+        self._deltas = deltas
         self._record = record
         self._kit = kit
         self._envelope = envelope
@@ -171,7 +172,7 @@ class Run:
             self.cancel(error)
 
     async def _pump(self) -> None:
-        async with aclosing(self.backend.stream(self._turn)) as batches:
+        async with aclosing(self._deltas) as batches:
             async for deltas in batches:
                 await self._take(deltas)
                 if self._builder.ended:

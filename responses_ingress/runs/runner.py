@@ -145,9 +145,10 @@ class Runner:
         backend, model = find_route(self._routes, request.model)
         resolved = await resolve(self._database, self._ids, request, caller)
         envelope = self._envelope(request, resolved)
-        record = await self._begin(request, caller, resolved, envelope, backend.name)
         turn = _turn(request, caller, resolved, envelope["id"], model)
-        return self._started(Run(turn, backend, envelope, record, self._kit))
+        deltas = backend.stream(turn)  # refuses here what it cannot ask for, so that nothing is left behind
+        record = await self._begin(request, caller, resolved, envelope, backend.name)
+        return self._started(Run(turn, deltas, envelope, record, self._kit), backend.name)
 
     def _envelope(self, request: Request, resolved: Resolved) -> Envelope:
         id = self._ids.make("resp", partition_of(resolved.thread_id))
@@ -173,20 +174,20 @@ class Runner:
             begun,
         )
 
-    def _started(self, run: Run) -> Run:
+    def _started(self, run: Run, backend: str) -> Run:
         self._runs[run.id] = run
         if run.recorded:
             self._recorded.add(run.id)
         began = self._clock()
-        run.ended.add_done_callback(lambda _: self._on_ended(run, began))
+        run.ended.add_done_callback(lambda _: self._on_ended(run, backend, began))
         return run
 
-    def _on_ended(self, run: Run, began: float) -> None:
+    def _on_ended(self, run: Run, backend: str, began: float) -> None:
         del self._runs[run.id]
         self._recorded.discard(run.id)
-        self._metrics.count(run.backend.name, run.status, self._clock() - began)
+        self._metrics.count(backend, run.status, self._clock() - began)
         if run.usage_missing:
-            self._metrics.usage_missing.labels(run.backend.name).inc()
+            self._metrics.usage_missing.labels(backend).inc()
 
     async def _wait_for(self, busy: ResponseRunning | None, deadline: float, gone: Gone | None) -> None:
         """Wait until it is worth looking again: until the run in the way has ended, where it is one of ours."""

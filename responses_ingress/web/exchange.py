@@ -177,7 +177,7 @@ def _reader(body: bytes, encoding: str) -> Any:
 def _check_values(body: bytes) -> None:
     """Refuse JSON of more values than a request needs: packed into 6 kB, they can take 2 GB and seconds of
     everybody's time. Signs inside of strings count too, which costs a tenth of what it would take to know."""
-    if body.count(b",") + body.count(b"{") + body.count(b"[") > _MOST_VALUES:
+    if len(body) - len(body.translate(None, b",{[")) > _MOST_VALUES:  # faster than to count thrice
         raise BodyTooLarge(
             f"The request body holds too many values: at most {_MOST_VALUES} commas, braces and brackets are allowed."
         )

@@ -164,7 +164,6 @@ async def test_the_upkeep_outlives_a_database_that_does_not_answer(
                 await until(lambda: found.row(left.id)["status"] == "failed")
 
 
-@pytest.mark.xfail(reason="runner.py: _keep_up outlives only StoreUnavailable")
 async def test_one_response_that_cannot_be_closed_is_not_in_the_way_of_others(migrated_database: str) -> None:
     async with two_processes(migrated_database) as (dead, later):
         broken, good = await dead.play(opened(), asyncio.Event()), await dead.play(opened(), asyncio.Event())
