@@ -83,7 +83,7 @@ def _announce(settings: Settings) -> None:
     click.echo(f"Database  {migrations.shown(settings.database_url)}")
     for name, upstream in settings.effective_upstreams.items():
         click.echo(f"Upstream  {_title(name, upstream)}")
-    port = settings.port or "<a free port, named below>"
+    port = settings.port or "<a free port>"
     click.echo(f"Address   http://{host}:{port}/v1")
 
 

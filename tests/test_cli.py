@@ -139,7 +139,7 @@ def test_serve_names_neither_passwords_nor_a_port_that_is_none(tmp_path: Path, m
     assert run("serve", "--database-url", database, "--port", "0", *upstream).output.splitlines() == [
         f"Database  {database}",
         "Upstream  default (chat, http://***@host/v1)",
-        "Address   http://127.0.0.1:<a free port, named below>/v1",
+        "Address   http://127.0.0.1:<a free port>/v1",
     ]
 
 

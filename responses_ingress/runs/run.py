@@ -92,6 +92,7 @@ class Run:
         self._kit = kit
         self._envelope = envelope
         self._builder = Builder(envelope, silent=not (turn.stream or self.background))
+        self._created: list[Event] = []  # made first of all, to be published with the response's row
         self._held: list[Event] = []  # made, not yet published
         self._unwritten: list[Delta] = []  # fed to the builder, not yet in the journal
         self._written = 0  # number of the first event the journal does not tell
@@ -158,7 +159,7 @@ class Run:
     def _open(self) -> None:
         """Publish `response.created` when its row is committed; the backend is called meanwhile."""
         self._builder.start()
-        self._held.extend(self._builder.take())
+        self._created = self._builder.take()
         if self._record is None:
             self._publish()
         else:
@@ -167,7 +168,8 @@ class Run:
     def _on_begun(self, begun: "asyncio.Future[None]") -> None:
         error = begun.exception()
         if error is None:
-            self._publish()
+            self.feed.publish(self._created)
+            self._created = []
         elif isinstance(error, IngressError):
             self.cancel(error)
 
@@ -238,8 +240,8 @@ class Run:
             self.accepted.set_result(None)
 
     def _publish(self) -> None:
-        self.feed.publish(self._held)
-        self._held = []
+        self.feed.publish([*self._created, *self._held] if self._created else self._held)
+        self._created, self._held = [], []
 
     def _write(self, record: Record) -> "asyncio.Future[None]":
         """Put into the journal what is not there yet."""
@@ -319,7 +321,7 @@ class Run:
             self._feed_failure(error)
             self._publish()
             return
-        number = len(self.feed.events)
+        number = len(self.feed.events) + len(self._created)
         response = {**self._envelope, "status": "failed", "error": error.detail()}
         event = {"type": "response.failed", "sequence_number": number, "response": response}
         self._held = [Event(number, "response.failed", orjson.dumps(event))]

@@ -6,6 +6,7 @@ lease has run out is closed; only this room starts a task for a response.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -79,6 +80,9 @@ class Runner:
         self._recorded: set[str] = set()
         self._lines: dict[tuple[str, str], deque[object]] = {}
         self._waiting = 0
+        self._creating = 0
+        self._timers: dict[str, asyncio.TimerHandle] = {}  # what ends a run that nobody follows
+        self._stopping = asyncio.Event()
         self._closing = False
         metrics.running.set_function(lambda: len(self._runs))
         self._upkeep = asyncio.create_task(self._keep_up(), name="runs-upkeep")
@@ -122,8 +126,8 @@ class Runner:
     async def _create_in_line(self, request: Request, caller: Caller, gone: Gone | None) -> Run:
         """Begin a response that builds on others, when those have ended: the first that came first."""
         deadline = asyncio.get_running_loop().time() + self._limits.thread_wait
-        key = (caller.tenant, caller.thread_key or request.previous_response_id or "")
-        line = self._lines.setdefault(key, deque())
+        key = (caller.tenant, caller.thread_key or "")
+        line = self._lines.setdefault(key, deque()) if caller.thread_key else deque[object]()
         ticket, in_the_way = object(), None
         line.append(ticket)
         try:
@@ -139,9 +143,21 @@ class Runner:
         finally:
             line.remove(ticket)
             if not line:
-                del self._lines[key]
+                self._lines.pop(key, None)
 
     async def _create(self, request: Request, caller: Caller) -> Run:
+        if self._closing:
+            raise Busy("The server is shutting down.", retry_after=1)
+        self._creating += 1
+        try:
+            run = await self._make(request, caller)
+        finally:
+            self._creating -= 1
+        if self._closing:
+            run.cancel(_stopped())
+        return run
+
+    async def _make(self, request: Request, caller: Caller) -> Run:
         backend, model = find_route(self._routes, request.model)
         resolved = await resolve(self._database, self._ids, request, caller)
         envelope = self._envelope(request, resolved)
@@ -184,6 +200,7 @@ class Runner:
 
     def _on_ended(self, run: Run, backend: str, began: float) -> None:
         del self._runs[run.id]
+        self._take_back_timer(run)
         self._recorded.discard(run.id)
         self._metrics.count(backend, run.status, self._clock() - began)
         if run.usage_missing:
@@ -212,7 +229,14 @@ class Runner:
 
     def _on_deserted(self, run: Run) -> None:
         if not run.background:
-            asyncio.get_running_loop().call_later(self._limits.disconnect_grace, self._cancel_if_deserted, run)
+            self._take_back_timer(run)
+            loop = asyncio.get_running_loop()
+            self._timers[run.id] = loop.call_later(self._limits.disconnect_grace, self._cancel_if_deserted, run)
+
+    def _take_back_timer(self, run: Run) -> None:
+        timer = self._timers.pop(run.id, None)
+        if timer is not None:
+            timer.cancel()
 
     def _cancel_if_deserted(self, run: Run) -> None:
         if not run.feed.followed:
@@ -221,20 +245,24 @@ class Runner:
     async def close(self, grace: float) -> None:
         """Begin nothing more; give running turns `grace` seconds, then close what is left. Once is enough."""
         self._closing = True
+        await self._wait_ended(grace)
+        while self._runs or self._creating:
+            for run in list(self._runs.values()):
+                run.cancel(_stopped())
+            await self._wait_ended(_POLL)
+        self._stopping.set()
+        await self._upkeep
+
+    async def _wait_ended(self, patience: float) -> None:
         running = [run.ended for run in self._runs.values()]
         if running:
-            await asyncio.wait(running, timeout=grace)
-        for run in list(self._runs.values()):
-            run.cancel(ServerRestarted("The server was stopped while it was producing this response."))
-        left = [run.ended for run in self._runs.values()]
-        if left:
-            await asyncio.wait(left)
-        self._upkeep.cancel()
-        await asyncio.gather(self._upkeep, return_exceptions=True)
+            await asyncio.wait(running, timeout=patience)
+        elif self._creating:
+            await asyncio.sleep(min(patience, _POLL))
 
     async def _keep_up(self) -> None:
         """Renew our leases and close what others left behind, three times per lease."""
-        while True:
+        while not self._stopping.is_set():
             try:
                 await self._renew()
                 await self._recover()
@@ -242,7 +270,9 @@ class Runner:
                 logger.warning("upkeep is put off: %s", error.message)
             except Exception:  # without upkeep, leases lapse and threads are given away while they are busy
                 logger.exception("upkeep failed")
-            await asyncio.sleep(self._limits.lease / 3)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._limits.lease / 3):
+                    await self._stopping.wait()
 
     async def _renew(self) -> None:
         if self._recorded:
@@ -280,6 +310,10 @@ class Runner:
         placement = Placement(row.tenant, row.thread_id, None, "", row.own, row.first, "", exclusive=True)
         await self._database.submit(end(row.id, owner, placement, ending, row.store))
         logger.warning("response %s was left behind by another process and is closed as failed", row.id)
+
+
+def _stopped() -> ServerRestarted:
+    return ServerRestarted("The server was stopped while it was producing this response.")
 
 
 async def _first_of(ended: Awaitable[None] | None, leaving: Awaitable[None] | None, patience: float) -> None:

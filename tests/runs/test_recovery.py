@@ -229,7 +229,6 @@ async def test_closing_with_nothing_under_way_is_immediate(stage: Stage) -> None
     await stage.runner.close(60)
 
 
-@pytest.mark.xfail(reason="runner.py: create asks only once, at its start, whether the runner is closing")
 async def test_a_request_that_waits_for_its_thread_begins_nothing_after_the_close(migrated_database: str) -> None:
     async with staged(migrated_database) as stage:
         run = await stage.play(asyncio.Event(), caller=SESSION)
@@ -261,7 +260,6 @@ for turns in range(12):
 """
 
 
-@pytest.mark.xfail(reason="runner.py: close cancels the upkeep in the middle of its query")
 async def test_closing_at_any_moment_leaves_no_connection_open(migrated_database: str) -> None:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", CLOSES, migrated_database),

@@ -114,7 +114,6 @@ async def test_law_2_the_end_of_an_item_leaves_only_when_it_is_committed(unhurri
     assert orjson.loads(unhurried.journal(run.id)[-1]["payload"])[-1] == ["c", 0, None]
 
 
-@pytest.mark.xfail(reason="run.py: _on_begun publishes what was made since")
 async def test_law_2_nothing_slips_out_with_a_created_that_was_committed_already(stage: Stage) -> None:
     run = await stage.play(*spoken("hi"), caller=SESSION)  # whose thread, and so whose row, it has by now
     with locked(stage.url):

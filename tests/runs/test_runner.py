@@ -5,9 +5,10 @@ import pytest
 
 from responses_ingress.backends.base import Backend, Route
 from responses_ingress.core.deltas import Finish, Text
-from responses_ingress.core.request import Caller
+from responses_ingress.core.request import Caller, parse_request
 from responses_ingress.errors import (
     Busy,
+    Cancelled,
     InvalidRequest,
     ModelNotFound,
     PreviousNotCompleted,
@@ -181,6 +182,45 @@ async def test_a_background_run_makes_way_for_nobody(stage: Stage) -> None:
     assert first.status == "completed"
 
 
+async def test_turns_that_wait_for_their_thread_come_in_the_order_they_came(stage: Stage) -> None:
+    hold = asyncio.Event()
+    first = await stage.play(hold, *spoken("0"), caller=SESSION)
+    stage.backend.script(*[spoken("hi")] * 3)
+    waiting = []
+    with first.feed.follow():
+        for number in ("1", "2", "3"):
+            waiting.append(asyncio.create_task(stage.create(number, caller=SESSION)))
+            await loop_turns()
+        await stage.backend.called(1)
+        hold.set()
+        await first.ended
+    for task in waiting:
+        await (await task).ended
+    asked = [output_text({"output": call.turn.new}) for call in stage.backend.calls]
+    assert asked[1:] == ["1", "2", "3"]
+
+
+async def test_a_request_whose_client_leaves_while_it_waits_begins_nothing(stage: Stage) -> None:
+    hold, gone = asyncio.Event(), asyncio.Event()
+
+    async def leaving() -> None:
+        await gone.wait()
+
+    first = await stage.play(hold, *spoken("one"), caller=SESSION)
+    request = parse_request({"model": "scripted-model", "input": "two"})
+    with first.feed.follow():
+        waiting = asyncio.create_task(stage.runner.create(request, SESSION, leaving))
+        await (await stage.play(*spoken("meanwhile"), caller=ELSEWHERE)).ended
+        gone.set()
+        with pytest.raises(Cancelled):
+            await waiting
+        hold.set()
+        await first.ended
+    last = await stage.play(*spoken("three"), caller=SESSION)
+    await last.ended
+    assert roles(stage, 2) == ["user", "assistant", "user"]
+
+
 @pytest.mark.parametrize("wait", [0, 0.02])
 async def test_a_turn_that_has_waited_long_enough_is_told_to_come_again(migrated_database: str, wait: float) -> None:
     async with staged(migrated_database, Limits(thread_wait=wait)) as stage:
@@ -242,7 +282,6 @@ async def test_a_run_that_is_picked_up_in_time_goes_on(migrated_database: str) -
         assert output_text(run.response()) == "whole"
 
 
-@pytest.mark.xfail(reason="runner.py: _on_deserted does not take back the timer of an earlier desertion")
 async def test_every_time_a_run_is_left_it_has_the_whole_grace_period(migrated_database: str) -> None:
     grace = 0.1
     async with staged(migrated_database, Limits(disconnect_grace=grace)) as stage:
@@ -305,7 +344,6 @@ async def test_a_request_that_builds_on_a_response_that_runs_too_long_is_told_to
             await stage.create(previous_response_id=first.id)
 
 
-@pytest.mark.xfail(reason="runner.py: _create_in_line lets the children of one response wait for one another")
 async def test_children_of_one_response_that_come_together_do_not_wait_for_one_another(migrated_database: str) -> None:
     async with staged(migrated_database, Limits(thread_wait=0.01)) as stage:
         parent = await stage.play(*spoken("one"))
