@@ -129,4 +129,4 @@ def make_web(settings: Settings, runner: Runner, database: Database, metrics: Me
         limits=RequestLimits(settings.max_body, settings.max_items, settings.strict, _forwarded(settings)),
         stream=StreamOptions(settings.accept_wait, settings.keepalive_interval, settings.sse_done),
     )
-    return Web(responses, Models(runner, keyring), Health(responses, metrics))
+    return Web(responses, Models(runner, keyring), Health(database, metrics))

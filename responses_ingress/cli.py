@@ -9,6 +9,7 @@ import asyncio
 import math
 import os
 import re
+import socket
 import sys
 from collections.abc import Awaitable
 from copy import deepcopy
@@ -27,6 +28,7 @@ from responses_ingress.store import migrate as migrations
 
 _PATIENCE = 10.0
 _KEEP_ALIVE = 75
+_DRAIN = 5  # seconds for the last bytes of streams that have ended
 
 _config = click.option("--config", type=click.Path(path_type=Path), help="TOML file with settings.")
 _database = click.option("--database-url", help="sqlite:///FILE or postgresql://…")
@@ -70,12 +72,23 @@ def serve(config: Path | None, **flags: Any) -> None:
     asyncio.run(migrations.ensure(settings.async_database_url, auto=settings.migrates))
     _announce(settings)
     if settings.workers == 1:
-        uvicorn.run(create_app(settings), **_server_options(settings))
-        return
+        server = _Server(uvicorn.Config(create_app(settings), **_server_options(settings)))
+        server.run()
+        sys.exit(0 if server.started else 3)
     for name in [name for name in os.environ if name.startswith(PREFIX)]:
         del os.environ[name]
     os.environ.update(settings.to_environment())
     uvicorn.run("responses_ingress.app:create_app_from_environment", factory=True, **_server_options(settings))
+
+
+class _Server(uvicorn.Server):
+    """Ends what runs as soon as it is told to stop: uvicorn alone would cut open streams off at its time
+    limit, and only then let the application know. One process only: uvicorn makes its workers' servers."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        stopping = asyncio.ensure_future(self.config.loaded_app.stop())
+        await super().shutdown(sockets)
+        await stopping
 
 
 def _announce(settings: Settings) -> None:
@@ -114,7 +127,7 @@ def _server_options(settings: Settings) -> dict[str, Any]:
         "server_header": False,
         "proxy_headers": False,
         "timeout_keep_alive": _KEEP_ALIVE,
-        "timeout_graceful_shutdown": math.ceil(settings.shutdown_grace),
+        "timeout_graceful_shutdown": math.ceil(settings.shutdown_grace) + _DRAIN,
     }
 
 

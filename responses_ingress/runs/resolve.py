@@ -57,7 +57,7 @@ async def resolve(database: Database, ids: Ids, request: Request, caller: Caller
     """Raises `PreviousNotFound`, `PreviousNotCompleted`, `NotFound` (a conversation, a referenced item),
     `ResponseRunning`."""
     if request.conversation is not None:
-        raise NotFound(f"Conversation with id '{request.conversation}' not found.")
+        raise NotFound(f"Conversation with id '{request.conversation[:100]}' not found.")
     given = await _dereference(database, caller.tenant, request.input)
     is_turn = caller.kind == "turn"
     if request.previous_response_id is not None:
@@ -215,5 +215,5 @@ async def _dereference(database: Database, tenant: str, given: Sequence[Item]) -
         found = await find_items(connection, tenant, wanted)
     missing = next((id for id in wanted if id not in found), None)
     if missing is not None:
-        raise NotFound(f"Item with id '{missing}' not found.", param="input")
+        raise NotFound(f"Item with id '{missing[:100]}' not found.", param="input")
     return [orjson.loads(found[item["id"]]) if item["type"] == "item_reference" else item for item in given]

@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from responses_ingress.errors import IngressError, NotAllowed, NotFound, UpgradeRequired
 from responses_ingress.ids import Ids
 from responses_ingress.runs.metrics import Metrics
+from responses_ingress.store.database import Database
 from responses_ingress.web.exchange import Exchange, Handler, answer, decode_headers
 from responses_ingress.web.models import Models
 from responses_ingress.web.responses import Responses
@@ -29,16 +30,15 @@ from responses_ingress.web.responses import Responses
 class Health:
     """Liveness, readiness and metrics: for probes and scrapers, so without a key."""
 
-    responses: Responses
+    database: Database
     metrics: Metrics
 
     async def alive(self, exchange: Exchange) -> None:
         await exchange.reply({"status": "ok"})
 
     async def ready(self, exchange: Exchange) -> None:
-        """Ready when the database answers."""
-        async with self.responses.database.reading() as connection:
-            await connection.exec_driver_sql("SELECT 1")
+        """Ready when the database answers and can be written to."""
+        await self.database.check()
         await exchange.reply({"status": "ready"})
 
     async def scrape(self, exchange: Exchange) -> None:

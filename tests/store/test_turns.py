@@ -159,20 +159,6 @@ async def test_a_renewed_lease_keeps_the_session(desk: Desk) -> None:
     assert await expired(desk) == []
 
 
-async def test_workers_that_store_the_same_anew_in_another_order_do_not_fail_each_other(
-    desk: Desk, other_desk: Desk
-) -> None:
-    for number in range(20):
-        preambles = [(b"%d-%d" % (number, n), b"x" * 3000) for n in range(30)]
-        futures = []
-        for worker, given in ((desk, preambles), (other_desk, preambles[::-1])):
-            for preamble in given:
-                place = worker.chain()
-                futures.append(worker.database.submit(begin(worker.new(place, preamble=preamble), place, worker.owner)))
-        assert set(await outcomes(futures)) == {None}
-    assert await desk.count("preambles") == 600
-
-
 async def test_what_repeats_from_turn_to_turn_is_stored_once(desk: Desk) -> None:
     preamble = (b"digest", b'{"instructions":"long"}')
     ids = [await desk.begin(desk.chain(), preamble=preamble) for _ in range(3)]

@@ -158,7 +158,7 @@ async def opened_site(
     async with staged(url, limits) as stage:
         keyring = keys or Keyring()
         responses = Responses(stage.runner, stage.database, keyring, requests or RequestLimits(), stream)
-        web = Web(responses, Models(stage.runner, keyring), Health(responses, stage.metrics))
+        web = Web(responses, Models(stage.runner, keyring), Health(stage.database, stage.metrics))
 
         @asynccontextmanager
         async def open_web() -> AsyncIterator[Web]:
