@@ -33,11 +33,8 @@ _POLL = 0.005
 
 
 class Watched(Database):
-    """Knows when it is in use, so that a test does not close a runner that is busy with its upkeep.
-
-    uses: how often it was read from or written to, but for what goes through the writer. users: how many
-    do so now.
-    """
+    """Knows how often it was read from or written to, but for what goes through the writer (`uses`), and
+    how many do so now (`users`)."""
 
     uses, users = 0, 0
 
@@ -124,10 +121,8 @@ async def staged(
     found = routes(backend) if routes else [Route("*", backend)]
     runner = Runner(database, found, limits or Limits(), metrics, ids)
     try:
-        await until(lambda: database.uses and not database.users)  # the runner's first look at what was left behind
         yield Stage(url, clock, ids, database, backend, metrics, runner)
     finally:
-        await until(lambda: not database.users)
         await runner.close(grace)
         await database.close()
 
