@@ -260,6 +260,7 @@ _REQUIRED: dict[str, tuple[tuple[str, type | tuple[type, ...]], ...]] = {
     "additional_tools": (("tools", list),),
     "item_reference": (("id", str),),
 }
+_MOST_TYPE = 128
 _ROLES = ("user", "assistant", "system", "developer")
 # Fields that are lists of parts where they are lists. In other items they can be anything.
 _LISTS: dict[str, tuple[str, ...]] = {
@@ -296,6 +297,11 @@ def _typed(item: Item, path: str) -> Item:
     """The item with its `type`, which clients leave out of messages and references."""
     type = item.get("type")
     if isinstance(type, str):
+        if len(type) > _MOST_TYPE or "\0" in type:
+            raise InvalidValue(
+                f"Invalid value for '{path}.type': at most {_MOST_TYPE} characters without NUL are allowed.",
+                param=f"{path}.type",
+            )
         return item
     if type is not None:
         raise InvalidType(f"Invalid type for '{path}.type': expected a string.", param=f"{path}.type")

@@ -78,6 +78,8 @@ _EXPIRED = (
 
 
 async def find_response(connection: AsyncConnection, tenant: str, response_id: str) -> StoredResponse | None:
+    if "\0" in response_id:  # PostgreSQL takes no such text
+        return None
     row = (await connection.execute(_RESPONSE, {"response": response_id, "tenant": tenant})).one_or_none()
     return StoredResponse(*row) if row is not None else None
 

@@ -186,7 +186,9 @@ async def _lifespan(app: ASGIApp) -> AsyncIterator[Json]:
     running = asyncio.ensure_future(app(scope, incoming.get, sent.put))
     await incoming.put({"type": "lifespan.startup"})
     assert (await sent.get())["type"] == "lifespan.startup.complete"
-    yield state
-    await incoming.put({"type": "lifespan.shutdown"})
-    assert (await sent.get())["type"] == "lifespan.shutdown.complete"
-    await running
+    try:
+        yield state
+    finally:
+        await incoming.put({"type": "lifespan.shutdown"})
+        assert (await sent.get())["type"] == "lifespan.shutdown.complete"
+        await running

@@ -357,7 +357,6 @@ async def test_another_tenants_session_of_the_same_name_is_another_session(share
 # What PostgreSQL cannot take.
 
 
-@pytest.mark.xfail(reason="responses.py: an id with a NUL is asked for, and the refusal taken for an outage")
 @pytest.mark.parametrize(("method", "path"), [("GET", ""), ("DELETE", ""), ("GET", "/input_items")])
 async def test_an_id_that_cannot_be_one_is_not_found_on_any_database(
     postgres_database: str, method: str, path: str
@@ -367,7 +366,6 @@ async def test_an_id_that_cannot_be_one_is_not_found_on_any_database(
         assert answer.status == 404
 
 
-@pytest.mark.xfail(reason="request.py: an item's type becomes a column unchecked, and holds up the writer for a minute")
 async def test_a_type_that_cannot_be_a_column_is_refused(site: Site) -> None:
     answer = await site.create(*spoken("hi"), input=[{"type": "x\0y", "id": "a"}])
     assert (answer.status, answer.error["param"]) == (400, "input[0].type")
