@@ -133,7 +133,7 @@ async def test_serve_says_where_it_is_and_stops_when_told(tmp_path: Path) -> Non
 
 
 def test_serve_names_neither_passwords_nor_a_port_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("uvicorn.run", lambda *_, **__: None)
+    monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: None)
     database = f"sqlite:///{tmp_path}/x.db"
     upstream = ("--backend", "chat", "--upstream", "http://me:secret@host/v1")
     assert run("serve", "--database-url", database, "--port", "0", *upstream).output.splitlines() == [

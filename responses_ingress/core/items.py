@@ -31,6 +31,8 @@ _IDENTITY: dict[str, tuple[str, ...]] = {
 _NOT_IDENTITY = frozenset({"id", "status", "phase", "encrypted_content", "internal_chat_message_metadata_passthrough"})
 _PART_NOT_IDENTITY = frozenset({"annotations", "logprobs", "prompt_cache_breakpoint", "detail"})
 
+_MODEL_MADE = frozenset({"reasoning", "compaction", "mcp_list_tools", "mcp_approval_request", "program"})
+
 # Items that a client must send back for the history to make sense. All others (reasoning, hosted calls)
 # codex and the SDKs drop silently in some version or another.
 _ANCHORS = frozenset({"message", "compaction", "additional_tools"}) | CALLS | OUTPUTS
@@ -51,7 +53,7 @@ def is_model_made(item: Mapping[str, Any]) -> bool:
     type: str = item["type"]
     if type == "message":
         return item.get("role") == "assistant"
-    return type == "reasoning" or type.endswith("_call")
+    return type in _MODEL_MADE or type.endswith("_call")
 
 
 def digest(item: Item) -> bytes:

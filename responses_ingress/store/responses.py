@@ -17,8 +17,7 @@ from responses_ingress.core.envelope import Envelope, restore
 from responses_ingress.errors import InvalidRequest
 from responses_ingress.store.history import read_payloads
 from responses_ingress.store.tables import branches, items, journal, preambles, responses
-
-RUNNING = ("queued", "in_progress")
+from responses_ingress.store.writer import RUNNING
 
 
 class StoredResponse(NamedTuple):
@@ -151,7 +150,11 @@ async def delete_response(connection: AsyncConnection, tenant: str, response_id:
         return False
     if row.running:
         raise InvalidRequest("Cannot delete an in-flight response.")
-    await connection.execute(delete(responses).where(responses.c.id == row.id))
+    if row.branch_id is not None:  # no turn may end here while this is decided
+        await connection.execute(select(branches.c.id).where(branches.c.id == row.branch_id).with_for_update())
+    gone = await connection.execute(delete(responses).where(responses.c.id == row.id).returning(responses.c.id))
+    if gone.first() is None:
+        return False
     await connection.execute(delete(journal).where(journal.c.response_id == row.id))
     await connection.execute(_UNUSED_PREAMBLES, {"of_tenant": tenant, "of_digest": row.preamble_digest})
     if row.branch_id is not None and not await _built_upon(connection, row):

@@ -16,7 +16,7 @@ from sqlalchemy import bindparam, delete, null, text, update
 from responses_ingress.errors import PlacementOutdated, StaleWriter, ThreadBusy
 from responses_ingress.ids import is_named
 from responses_ingress.store.tables import items, journal, responses, threads
-from responses_ingress.store.writer import Batch, Branch, Thread, Unit, insert_of
+from responses_ingress.store.writer import RUNNING, Batch, Branch, Lease, Thread, Unit, insert_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +223,7 @@ def _add_thread(batch: Batch, new: NewResponse, placement: Placement, root: str,
 
 
 def _add_response(batch: Batch, new: NewResponse, placement: Placement, owner: Owner) -> None:
+    batch.leases[new.id] = Lease(owner.epoch, new.status)
     batch.add(
         _INSERT_RESPONSE,
         id=new.id,
@@ -290,8 +291,8 @@ def take_over(response_id: str, epoch: int, owner: Owner) -> Unit[None]:
 
     def apply(batch: Batch) -> None:
         lease = batch.leases.get(response_id)
-        if lease is None or lease.epoch != epoch:
-            raise StaleWriter("Another worker has taken over this response.")
+        if lease is None or lease.epoch != epoch or lease.status not in RUNNING:
+            raise StaleWriter("This response has ended, or is another worker's.")
         lease.epoch = owner.epoch
         batch.add(
             _TAKE_OVER,
@@ -306,7 +307,7 @@ def take_over(response_id: str, epoch: int, owner: Owner) -> Unit[None]:
 
 def _check_lease(batch: Batch, response_id: str, owner: Owner) -> None:
     lease = batch.leases.get(response_id)
-    if lease is None or lease.epoch != owner.epoch or lease.status not in ("queued", "in_progress"):
+    if lease is None or lease.epoch != owner.epoch or lease.status not in RUNNING:
         raise StaleWriter("Another worker has taken over this response.")
 
 

@@ -37,6 +37,8 @@ FAULTS = (IntegrityError, DataError, ProgrammingError, NotSupportedError, ValueE
 OUTAGES = (DBAPIError, PoolTimeout, OSError)
 """Any other failure: a database that cannot be reached, or cannot write for now."""
 
+RUNNING = ("queued", "in_progress")
+
 _MOST_UNITS = 200
 _RETRY_DELAY = 0.5
 _MOST_TRIES = 120  # a minute of a database that is down
@@ -304,6 +306,9 @@ def _apply(unit: Unit[Any], batch: Batch) -> Any:
     try:
         return unit.apply(batch)
     except IngressError as error:
+        return error
+    except Exception as error:  # a fault of ours must fail its own unit, and not end the writer
+        logger.exception("a unit of work failed")
         return error
 
 

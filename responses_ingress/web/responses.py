@@ -17,7 +17,6 @@ from responses_ingress.errors import InvalidValue, NotFound, UnsupportedParamete
 from responses_ingress.runs.runner import Runner
 from responses_ingress.store.database import Database
 from responses_ingress.store.responses import (
-    RUNNING,
     StoredResponse,
     envelope_of,
     find_response,
@@ -25,6 +24,7 @@ from responses_ingress.store.responses import (
     read_journal,
     read_output,
 )
+from responses_ingress.store.writer import RUNNING
 from responses_ingress.web.callers import Keyring, read_caller
 from responses_ingress.web.exchange import Exchange, read_json
 from responses_ingress.web.replies import StreamOptions, reply_json, reply_stream

@@ -127,18 +127,23 @@ async def staged(
         await database.close()
 
 
-def connect(url: str) -> sqlite3.Connection:
-    """A connection that shares nothing with the server, and waits for nobody."""
-    return sqlite3.connect(make_url(url).database or "", isolation_level=None, timeout=0)
+def connect(url: str, patience: float = 5) -> sqlite3.Connection:
+    """A connection that shares nothing with the server."""
+    return sqlite3.connect(make_url(url).database or "", isolation_level=None, timeout=patience)
 
 
-@contextmanager
-def locked(url: str) -> Iterator[None]:
-    """Another writer has the database: nothing can be committed meanwhile."""
-    with closing(connect(url)) as connection:
-        connection.execute("BEGIN IMMEDIATE")
-        yield
-        connection.execute("ROLLBACK")
+@asynccontextmanager
+async def locked(url: str) -> AsyncIterator[sqlite3.Connection]:
+    """Another writer has the database: nothing can be committed meanwhile but what it writes itself."""
+    with closing(connect(url, patience=0)) as connection:
+        while True:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                break
+            except sqlite3.OperationalError:  # waiting here would keep the server from ever giving way
+                await asyncio.sleep(_POLL)
+        yield connection
+        connection.execute("COMMIT")
 
 
 async def until(condition: Callable[[], object]) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import os
 import sys
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, closing
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import orjson
@@ -22,12 +22,12 @@ from tests.invariants import check_stream
 from tests.runs.stage import (
     SESSION,
     Stage,
-    connect,
     events_of,
     locked,
     loop_turns,
     staged,
     taken,
+    types,
     until,
 )
 
@@ -126,7 +126,7 @@ async def test_a_process_that_was_only_slow_shows_no_ending_of_its_own(migrated_
 async def test_a_response_whose_lease_is_good_is_left_alone(migrated_database: str) -> None:
     async with two_processes(migrated_database) as (alive, later):
         run = await alive.play(asyncio.Event())
-        await alive.backend.called(1)
+        await until(lambda: types(run))
         later.advance(-2)
         async with staged(migrated_database, clock=later, seed=2) as other:
             await other.play(*spoken("hi"))
@@ -141,11 +141,12 @@ async def test_of_two_processes_that_find_the_same_response_one_closes_it(
     async with two_processes(migrated_database) as (dead, later), AsyncExitStack() as processes:
         left = await dead.play(opened(), asyncio.Event(), caller=SESSION)
         await until(lambda: dead.journal(left.id))
-        with locked(migrated_database):
+        async with locked(migrated_database):
             for seed in (2, 3):
                 await processes.enter_async_context(staged(migrated_database, clock=later, seed=seed))
         await until(lambda: "is another worker's to close" in caplog.text)
         await until(lambda: dead.row(left.id)["status"] == "failed")
+        await until(lambda: "is closed as failed" in caplog.text)
         assert dead.row(left.id)["epoch"] == 2
         assert caplog.text.count("is closed as failed") == 1
 
@@ -156,19 +157,20 @@ async def test_the_upkeep_outlives_a_database_that_does_not_answer(
     async with two_processes(migrated_database) as (dead, later):
         left = await dead.play(opened(), asyncio.Event())
         await until(lambda: dead.journal(left.id))
-        with closing(connect(dead.url)) as connection:
+        async with locked(dead.url) as connection:
             connection.execute("ALTER TABLE preambles RENAME TO away")
-            async with staged(migrated_database, Limits(lease=0.3), clock=later, seed=2) as found:
-                await until(lambda: "upkeep is put off" in caplog.text)
+        async with staged(migrated_database, Limits(lease=0.3), clock=later, seed=2) as found:
+            await until(lambda: "upkeep is put off" in caplog.text)
+            async with locked(dead.url) as connection:
                 connection.execute("ALTER TABLE away RENAME TO preambles")
-                await until(lambda: found.row(left.id)["status"] == "failed")
+            await until(lambda: found.row(left.id)["status"] == "failed")
 
 
 async def test_one_response_that_cannot_be_closed_is_not_in_the_way_of_others(migrated_database: str) -> None:
     async with two_processes(migrated_database) as (dead, later):
         broken, good = await dead.play(opened(), asyncio.Event()), await dead.play(opened(), asyncio.Event())
         await until(lambda: dead.journal(broken.id) and dead.journal(good.id))
-        with closing(connect(dead.url)) as connection:
+        async with locked(dead.url) as connection:
             connection.execute("UPDATE journal SET payload = x'00' WHERE response_id = ?", (broken.id,))
         async with (
             staged(migrated_database, Limits(lease=0.3), clock=later, seed=2) as found,

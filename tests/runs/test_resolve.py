@@ -386,6 +386,7 @@ async def test_a_fork_that_shares_nothing_begins_at_the_beginning(play: Play, pa
     await play.carries([user("a"), assistant("0"), user("b"), assistant("1"), user("c")], "2", caller_thread_key=key)
     assert await play.history(key) == ["a", "0", "b", "1", "c", "2"]
     assert await play.history("of another history") == ["x", "X"]
+    assert (await play.counts())["branches"] == 3
 
 
 # Requests that are no turns.

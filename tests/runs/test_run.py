@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager
 
 import orjson
 import pytest
@@ -21,7 +21,6 @@ from tests.runs.stage import (
     SESSION,
     Json,
     Stage,
-    connect,
     events_of,
     locked,
     loop_turns,
@@ -70,7 +69,7 @@ async def test_law_1_a_follower_that_does_not_read_holds_up_nothing(stage: Stage
 
 async def test_law_2_created_leaves_only_when_its_row_is_committed(stage: Stage) -> None:
     hold = asyncio.Event()
-    with locked(stage.url):
+    async with locked(stage.url):
         run = await stage.play(hold, *spoken("hi"))
         await stage.backend.called(1)  # the backend does not wait for the commit
         await loop_turns()
@@ -87,7 +86,7 @@ async def test_law_2_text_may_run_ahead_of_its_commit(unhurried: Stage) -> None:
     run = await unhurried.play(opened(), hold, [Text(0, "hi")], asyncio.Event())
     with run.feed.follow() as follower:
         await read_until(follower, "response.content_part.added")
-        with locked(unhurried.url):
+        async with locked(unhurried.url):
             hold.set()
             await read_until(follower, DELTA)
         assert unhurried.journal(run.id) == []
@@ -105,7 +104,7 @@ async def test_law_2_the_end_of_an_item_leaves_only_when_it_is_committed(unhurri
     run = await unhurried.play(opened(), hold, [Text(0, "hi")], [Close(0)], asyncio.Event())
     with run.feed.follow() as follower:
         await read_until(follower, "response.content_part.added")
-        with locked(unhurried.url):
+        async with locked(unhurried.url):
             hold.set()
             await until(lambda: run.response()["output"][0]["status"] == "completed")
             await loop_turns()
@@ -116,7 +115,7 @@ async def test_law_2_the_end_of_an_item_leaves_only_when_it_is_committed(unhurri
 
 async def test_law_2_nothing_slips_out_with_a_created_that_was_committed_already(stage: Stage) -> None:
     run = await stage.play(*spoken("hi"), caller=SESSION)  # whose thread, and so whose row, it has by now
-    with locked(stage.url):
+    async with locked(stage.url):
         await until(lambda: run.status == "completed" or run.response()["output"][:1])
         await loop_turns()
         assert not {DONE, *TERMINAL} & set(types(run))
@@ -137,7 +136,7 @@ async def test_law_2_the_terminal_event_leaves_only_when_it_is_committed(unhurri
     hold = asyncio.Event()
     run = await unhurried.play(opened(), hold, last)
     await until(lambda: types(run)[-1:] == ["response.content_part.added"])
-    with locked(unhurried.url):
+    async with locked(unhurried.url):
         hold.set()
         await until(lambda: run.status != "in_progress")
         await loop_turns()
@@ -154,7 +153,7 @@ async def test_law_2_nothing_runs_ahead_where_the_flush_interval_is_zero(careful
     with run.feed.follow() as follower:
         await read_until(follower, "response.content_part.added")
         assert sum(row["count"] for row in careful.journal(run.id)) == len(run.feed.events)
-        with locked(careful.url):
+        async with locked(careful.url):
             hold.set()
             await taken(run, "hi")
             await loop_turns()
@@ -225,7 +224,7 @@ async def test_law_3_an_ending_of_which_one_part_fails_leaves_nothing_of_itself(
     run = await stage.play(*spoken("hi")[:-1], hold, ended(), caller=SESSION)
     await taken(run, "hi")
     branch = stage.thread()["active_branch"]
-    with closing(connect(stage.url)) as connection:  # where the answer's own place is
+    async with locked(stage.url) as connection:  # where the answer's own place is
         connection.execute("INSERT INTO items VALUES (?, 1, '', 'msg_x', 'message', x'00', x'00')", (branch,))
     hold.set()
     events = await events_of(run)
@@ -342,7 +341,7 @@ async def test_law_3_a_run_cancelled_in_the_middle_of_a_text_keeps_it_to_itself(
 
 
 async def test_law_3_a_run_cancelled_while_its_beginning_is_committed_ends(stage: Stage) -> None:
-    with locked(stage.url):
+    async with locked(stage.url):
         run = await stage.play(opened(), asyncio.Event())
         await stage.backend.called(1)
         await loop_turns()
@@ -358,7 +357,7 @@ async def test_law_3_a_run_cancelled_while_an_item_is_committed_ends(stage: Stag
     hold = asyncio.Event()
     run = await stage.play(opened(), hold, [Text(0, "hi"), Close(0)], asyncio.Event(), caller=SESSION)
     await until(lambda: types(run)[-1:] == ["response.content_part.added"])
-    with locked(stage.url):
+    async with locked(stage.url):
         hold.set()
         await until(lambda: run.response()["output"][0]["status"] == "completed")
         run.cancel(CANCELLED)
@@ -371,7 +370,7 @@ async def test_law_3_a_cancel_while_the_ending_is_committed_comes_too_late(stage
     hold = asyncio.Event()
     run = await stage.play(opened(), hold, ended(), caller=SESSION)
     await until(lambda: types(run)[-1:] == ["response.content_part.added"])
-    with locked(stage.url):
+    async with locked(stage.url):
         hold.set()
         await until(lambda: run.status == "completed")
         run.cancel(CANCELLED)
@@ -578,7 +577,7 @@ async def test_law_7_a_thread_is_free_after_a_turn_that_failed(stage: Stage) -> 
 
 
 async def test_law_7_a_response_whose_row_is_refused_fails_at_once(stage: Stage) -> None:
-    with closing(connect(stage.url)) as connection:
+    async with locked(stage.url) as connection:
         connection.execute("DROP TABLE preambles")
     run = await stage.play(*spoken("hi"), instructions="Be brief.")
     events = await events_of(run)

@@ -149,7 +149,7 @@ async def test_a_turn_that_read_its_thread_too_soon_reads_it_again(stage: Stage)
     hold = asyncio.Event()
     first = await stage.play(hold, *spoken("one"), caller=SESSION)
     await stage.backend.called(1)
-    with locked(stage.url):
+    async with locked(stage.url):
         hold.set()
         await until(lambda: first.status == "completed")  # which nobody can read yet
         uses = stage.database.uses
@@ -413,6 +413,6 @@ async def test_an_ended_response_is_deleted_once_and_a_running_one_not_at_all(st
     assert await stage.runner.delete("", run.id)
     assert not await stage.runner.delete("", run.id)
     running = await stage.play(asyncio.Event())
-    await stage.backend.called(2)
+    await until(lambda: types(running))
     with pytest.raises(InvalidRequest, match="in-flight"):
         await stage.runner.delete("", running.id)

@@ -5,13 +5,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import orjson
 import pytest
+from sqlalchemy import select
 
 from responses_ingress.errors import PlacementOutdated, StaleWriter, StoreUnavailable, ThreadBusy
 from responses_ingress.ids import named_thread
 from responses_ingress.store.database import renew_leases
 from responses_ingress.store.history import read_payloads
 from responses_ingress.store.responses import find_expired, read_input, read_journal, read_output
+from responses_ingress.store.tables import threads
 from responses_ingress.store.turns import Ending, Owner, Placement, append_journal, begin, end, take_over
 from tests.store.desk import LEASE, NOW, Desk
 
@@ -65,6 +68,16 @@ async def test_the_first_turn_of_a_session_makes_its_thread_and_takes_it(desk: D
         NOW + LEASE,
         0,
     )
+
+
+async def test_what_is_told_of_a_threads_lineage_adds_to_what_is_known(desk: Desk) -> None:
+    for told in (b'{"parent":"p","window":1}', None, b'{"window":2}'):
+        place = await desk.session()
+        response_id = await desk.begin(place, lineage=told)
+        await desk.end(response_id, place, [], [])
+    async with desk.database.reading() as connection:
+        known = (await connection.execute(select(threads.c.lineage))).scalar_one()
+    assert orjson.loads(known) == {"parent": "p", "window": 2}
 
 
 async def test_a_session_has_one_running_turn(desk: Desk) -> None:
@@ -407,6 +420,28 @@ async def test_a_session_may_go_on_from_a_response_of_another_thread(desk: Desk)
     assert await desk.lineage(elsewhere) == ["x", "X"]
     thread = await desk.thread()
     assert thread is not None and thread.active_branch == place.new_branch
+
+
+async def test_a_child_from_outside_does_not_move_the_session(desk: Desk) -> None:
+    last = await desk.turn(await desk.session(), "a", "1")
+    child = await desk.turn(await desk.after(last), "b", "2")
+    assert await desk.history() == ["a", "1"]
+    assert await desk.lineage(child) == ["a", "1", "b", "2"]
+    grandchild = await desk.turn(await desk.after(child), "c", "3")
+    await desk.turn(await desk.session(), "d", "4")
+    assert await desk.history() == ["a", "1", "d", "4"]
+    assert await desk.lineage(grandchild) == ["a", "1", "b", "2", "c", "3"]
+    assert (await desk.count("branches"), await desk.count("items")) == (2, 8)
+
+
+async def test_a_session_whose_first_turn_failed_has_nothing_of_what_it_began_from(desk: Desk) -> None:
+    elsewhere = await desk.turn(desk.chain(), "x", "X")
+    row = await desk.row(elsewhere)
+    place = replace(await desk.session(), branch_id=row.branch_id or "", position=2)
+    await desk.turn(place, "y", "half", status="failed")
+    assert await desk.history() == []
+    await desk.turn(await desk.session(), "a", "1")
+    assert await desk.history() == ["a", "1"]
 
 
 async def test_a_turn_whose_branch_is_gone_is_refused(desk: Desk) -> None:
