@@ -14,7 +14,8 @@ Its laws, one test each in tests/runs/test_run.py:
 7. Nothing stays stuck: whatever is raised here ends the response; what a dead process left behind, the
    runner finds by its lease.
 
-The one broad `except` of the project outside the web edge is here.
+Broad `except`s are here, at the web edge, and where one fault must not end what all rely on: around a unit
+of the store's writer and around a chore of the runner's upkeep.
 """
 
 import asyncio
