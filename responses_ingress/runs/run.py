@@ -268,6 +268,9 @@ class Run:
         if isinstance(error, IngressError):
             self._unkept = True
             self.cancel(error)
+        elif self._behind and self._record is not None and not self._builder.ended:
+            self._behind = False
+            self._write_aside(self._record)
 
     async def _finish(self) -> None:
         """Law 3: commit the ending, then publish it."""
