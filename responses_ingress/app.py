@@ -1,7 +1,7 @@
 """The composition root: settings in, an ASGI application out. The only place where all rooms meet."""
 
 import gc
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from time import time
 
@@ -16,9 +16,11 @@ from responses_ingress.dialects.chat import ChatOptions
 from responses_ingress.ids import Ids
 from responses_ingress.runs.metrics import Metrics
 from responses_ingress.runs.runner import Limits, Runner
+from responses_ingress.runs.upkeep import Retention, Upkeep
 from responses_ingress.settings import Settings
 from responses_ingress.store import migrate
-from responses_ingress.store.database import Database
+from responses_ingress.store.database import Database, DatabaseClock
+from responses_ingress.store.values import Keep
 from responses_ingress.web.callers import Keyring
 from responses_ingress.web.models import Models
 from responses_ingress.web.replies import StreamOptions
@@ -26,13 +28,19 @@ from responses_ingress.web.responses import RequestLimits, Responses
 from responses_ingress.web.routes import Health, Web, build
 
 _GARBAGE = 20_000  # objects
+_DAY = 86_400.0
+_FOR_EVER = 1e11  # seconds: so that what was used last can still be told
 
 
 class Application:
-    """The application for `settings`, as ASGI. It opens its database and backends when the server starts it."""
+    """The application for `settings`, as ASGI. It opens its database and backends when the server starts it.
 
-    def __init__(self, settings: Settings) -> None:
+    at: is told the named points of a run's life that are passed, for tests that end the process there.
+    """
+
+    def __init__(self, settings: Settings, at: Callable[[str], None] = lambda _: None) -> None:
         ids = Ids()
+        self._at = at
         self._settings = settings
         self._ids = ids
         self._runner: Runner | None = None
@@ -51,15 +59,19 @@ class Application:
     async def _open(self) -> AsyncIterator[Web]:
         settings = self._settings
         await migrate.ensure(settings.async_database_url, auto=settings.migrates)
-        database = Database(settings.async_database_url, time, settings.synchronous)
+        clock = time if settings.database_url.startswith("sqlite") else DatabaseClock()
+        database = Database(settings.async_database_url, clock, settings.synchronous)
+        await database.keep_time()
         backends = make_backends(settings)
-        metrics = Metrics()
-        self._runner = Runner(database, make_routes(settings, backends), make_limits(settings), metrics, self._ids)
+        routes, metrics = make_routes(settings, backends), Metrics()
+        self._runner = Runner(database, routes, make_limits(settings), metrics, self._ids, self._at)
+        upkeep = Upkeep(database, self._runner, make_retention(settings))
         _settle_heap()
         try:
             yield make_web(settings, self._runner, database, metrics)
         finally:
             await self.stop()
+            await upkeep.close()
             for backend in backends.values():
                 await backend.close()
             await database.close()
@@ -75,11 +87,6 @@ def _settle_heap() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(_GARBAGE, 10, 10)
-
-
-def create_app_from_environment() -> Application:
-    """The application of one of several workers: `serve` has put the settings into the environment."""
-    return create_app(configuration.load(None, {}))
 
 
 def make_backends(settings: Settings) -> dict[str, Backend]:
@@ -99,7 +106,7 @@ def _make_backend(name: str, given: configuration.Upstream) -> Backend:
         timeouts=Timeouts(given.connect_timeout, given.first_byte_timeout, given.read_timeout),
     )
     options = ChatOptions(given.max_tokens_field, given.system, given.reasoning, given.forward)
-    return ChatBackend(upstream, options)
+    return ChatBackend(upstream, options, goes_on=given.on_disconnect == "continue")
 
 
 def make_routes(settings: Settings, backends: dict[str, Backend]) -> list[Route]:
@@ -113,6 +120,16 @@ def make_limits(settings: Settings) -> Limits:
         thread_wait=settings.thread_wait,
         lease=settings.lease,
         max_runs=settings.max_runs,
+        max_background=settings.max_background,
+        max_queued=settings.max_queued,
+        keep=Keep(settings.keep_journals, settings.keep_responses * _DAY if settings.keep_responses else _FOR_EVER),
+    )
+
+
+def make_retention(settings: Settings) -> Retention:
+    return Retention(
+        most_responses=settings.keep_most_responses,
+        threads=settings.keep_threads * _DAY if settings.keep_threads else None,
     )
 
 

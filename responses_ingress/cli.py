@@ -1,4 +1,4 @@
-"""The command line: `serve`, `migrate`, `check`.
+"""The command line: `serve`, `migrate`, `check`, `verify`.
 
 What must stay true: a mistake in the configuration or a database that cannot be used is one sentence on
 stderr and exit code 2 (`check`: 1), never a traceback; flags are settings and nothing else, so that all
@@ -9,7 +9,6 @@ import asyncio
 import math
 import os
 import re
-import socket
 import sys
 from collections.abc import Awaitable
 from copy import deepcopy
@@ -20,6 +19,7 @@ import click
 import uvicorn
 from uvicorn.config import LOGGING_CONFIG
 
+from responses_ingress import serving
 from responses_ingress.app import create_app, make_backends
 from responses_ingress.backends.base import Backend
 from responses_ingress.errors import IngressError, SettingsError
@@ -72,23 +72,17 @@ def serve(config: Path | None, **flags: Any) -> None:
     asyncio.run(migrations.ensure(settings.async_database_url, auto=settings.migrates))
     _announce(settings)
     if settings.workers == 1:
-        server = _Server(uvicorn.Config(create_app(settings), **_server_options(settings)))
-        server.run()
-        sys.exit(0 if server.started else 3)
+        sys.exit(serving.run(uvicorn.Config(create_app(settings), **_server_options(settings))))
     for name in [name for name in os.environ if name.startswith(PREFIX)]:
         del os.environ[name]
-    os.environ.update(settings.to_environment())
-    uvicorn.run("responses_ingress.app:create_app_from_environment", factory=True, **_server_options(settings))
+    listener = uvicorn.Config(create_app, **_server_options(settings)).bind_socket()
+    sys.exit(serving.run_workers(settings.workers, listener, worker_config, settings.to_environment()))
 
 
-class _Server(uvicorn.Server):
-    """Ends what runs as soon as it is told to stop: uvicorn alone would cut open streams off at its time
-    limit, and only then let the application know. One process only: uvicorn makes its workers' servers."""
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        stopping = asyncio.ensure_future(self.config.loaded_app.stop())
-        await super().shutdown(sockets)
-        await stopping
+def worker_config() -> uvicorn.Config:
+    """What one of several workers serves: `serve` has put the settings into the environment."""
+    settings = load(None, {})
+    return uvicorn.Config(create_app(settings), **_server_options(settings))
 
 
 def _announce(settings: Settings) -> None:
@@ -96,6 +90,11 @@ def _announce(settings: Settings) -> None:
     click.echo(f"Database  {migrations.shown(settings.database_url)}")
     for name, upstream in settings.effective_upstreams.items():
         click.echo(f"Upstream  {_title(name, upstream)}")
+    if settings.workers > 1 and settings.database_url.startswith("sqlite"):
+        click.echo(
+            "Workers   on SQLite they take turns at writing, and learn of each other's work within a second:"
+            " no more throughput, and later events for who follows a response of another worker"
+        )
     port = settings.port or "<a free port>"
     click.echo(f"Address   http://{host}:{port}/v1")
 
@@ -116,7 +115,6 @@ def _server_options(settings: Settings) -> dict[str, Any]:
     return {
         "host": settings.host,
         "port": settings.port,
-        "workers": settings.workers,
         "loop": "auto" if sys.platform == "win32" else "uvloop",
         "http": "httptools",
         "ws": "websockets-sansio",

@@ -11,6 +11,8 @@ person can act on; nothing here holds content of a request. This module imports 
     │   ├── UnknownParameter             unknown_parameter (strict mode only)
     │   ├── UnsupportedParameter         unsupported_parameter
     │   ├── MutuallyExclusive            mutually_exclusive_parameters
+    │   ├── KeyReused                    idempotency_key_reused
+    │   ├── CursorExpired                stream_cursor_expired
     │   ├── ModelNotFound                model_not_found
     │   ├── PreviousNotFound             previous_response_not_found
     │   ├── PreviousNotCompleted         previous_response_not_completed
@@ -20,6 +22,7 @@ person can act on; nothing here holds content of a request. This module imports 
     ├── NotAllowed                  405  method_not_allowed
     ├── BodyTooLarge                413  request_too_large
     ├── UpgradeRequired             426  upgrade_required
+    ├── QueueFull                   429  queue_full, with Retry-After
     ├── Busy                        503  server_is_busy, with Retry-After
     ├── StoreUnavailable            503  store_unavailable, with Retry-After
     ├── UpstreamError               502  the backend's fault
@@ -30,11 +33,14 @@ person can act on; nothing here holds content of a request. This module imports 
     │   └── UpstreamInvalid         502  upstream_invalid
     ├── Cancelled                   499  cancelled (no client sees the status)
     ├── ServerRestarted             500  server_restarted
+    │   └── HandedOver              503  server_restarted, with Retry-After: another process goes on with it
     ├── InternalError               500  server_error
     ├── IllegalDelta                502  a backend said what the grammar of deltas forbids
     ├── StaleWriter                 500  a write of a run that another worker has taken over
     ├── ResponseRunning                  what this builds on still runs; the runner waits, no client sees it
     │   └── ThreadBusy                   another turn has the thread
+    ├── NotHandedOver                    a run that another worker cannot take over; the run ends it
+    ├── AlreadyBegun                     the request was made before; the runner attaches to its response
     ├── PlacementOutdated                the thread has moved since it was read; the runner reads it again
     └── SettingsError                    for the operator, at start; never sent to a client
 """
@@ -105,6 +111,14 @@ class MutuallyExclusive(InvalidRequest):
     code = "mutually_exclusive_parameters"
 
 
+class KeyReused(InvalidRequest):
+    code = "idempotency_key_reused"
+
+
+class CursorExpired(InvalidRequest):
+    code = "stream_cursor_expired"
+
+
 class ModelNotFound(InvalidRequest):
     code = "model_not_found"
 
@@ -139,6 +153,10 @@ class UpgradeRequired(IngressError):
 
 class BodyTooLarge(IngressError):
     status, type, code = 413, "invalid_request_error", "request_too_large"
+
+
+class QueueFull(IngressError):
+    status, type, code = 429, "rate_limit_error", "queue_full"
 
 
 class Busy(IngressError):
@@ -186,6 +204,10 @@ class ServerRestarted(IngressError):
     code = "server_restarted"
 
 
+class HandedOver(ServerRestarted):
+    status = 503
+
+
 class InternalError(IngressError):
     pass
 
@@ -208,6 +230,18 @@ class ResponseRunning(IngressError):
 
 class ThreadBusy(ResponseRunning):
     """Another turn has the thread: `running` is its response."""
+
+
+class NotHandedOver(IngressError):
+    """Another worker cannot go on with this response."""
+
+
+class AlreadyBegun(IngressError):
+    """This request was made before: `response_id` is the response it made."""
+
+    def __init__(self, response_id: str) -> None:
+        super().__init__("This request was made before.")
+        self.response_id = response_id
 
 
 class PlacementOutdated(IngressError):

@@ -83,6 +83,11 @@ def named_thread(tenant: str, key: str) -> str:
     return f"thread_{digest[:16]}{_NAMED}{digest[16:]}"
 
 
+def root_branch(thread_id: str) -> str:
+    """The branch that a thread without a name begins with: the same each time that its first response begins."""
+    return partition_of(thread_id) + "0" * 12
+
+
 def is_named(thread_id: str) -> bool:
     """Whether a client has named the thread, so that it has a row."""
     return thread_id[-34:-32] == _NAMED

@@ -23,6 +23,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     PrivateAttr,
@@ -86,6 +87,9 @@ class Upstream(BaseModel):
     all (`omit`)."""
     forward: tuple[str, ...] = ("chat_template_kwargs",)
     """Request fields beyond the Responses API that are sent on unchanged."""
+    on_disconnect: Literal["cancel", "continue"] = "cancel"
+    """What becomes of a run whose client has left for longer than `disconnect_grace`: `cancel` ends it, upstream too,
+    `continue` lets it end by itself. Background runs always go on."""
 
     _api_key: SecretStr | None = PrivateAttr(default=None)
 
@@ -160,16 +164,30 @@ class Settings(BaseSettings):
     """Seconds a run goes on after its last client left, before it is cancelled."""
     thread_wait: NonNegativeFloat = 30.0
     """Seconds a session's request waits for the thread's running turn, before it gets 503."""
-    lease: PositiveFloat = 30.0
-    """Seconds after which a run of a silent worker counts as abandoned and is closed as failed."""
+    lease: PositiveFloat = 15.0
+    """Seconds after which the runs of a silent worker count as abandoned: another goes on with them, or closes them."""
     max_body: PositiveInt = 64 * 1024 * 1024
     """Bytes a request body may have, unpacked."""
     max_items: PositiveInt = 10_000
     """Items a request's `input` may have."""
     max_runs: PositiveInt = 1000
     """Responses one process runs at a time; one more gets 503."""
+    max_background: PositiveInt = 100
+    """Background responses one process runs at a time; more of them wait in the queue."""
+    max_queued: NonNegativeInt = 1000
+    """Background responses that may wait in the queue, of all processes together; one more gets 429."""
+    keep_journals: PositiveFloat = 600.0
+    """Seconds after its end that the events of a response are kept: so long `starting_after` is good, and a repeated
+    request attaches to it. Background responses with `store: false` are kept as long."""
+    keep_responses: NonNegativeFloat = 30.0
+    """Days from its last use that a response is kept; 0 is for ever."""
+    keep_most_responses: PositiveInt | None = None
+    """Responses of one tenant that are kept, those used last; unset is all."""
+    keep_threads: NonNegativeFloat = 90.0
+    """Days from its last use that a named thread is kept; 0 is for ever."""
     shutdown_grace: NonNegativeFloat = 10.0
-    """Seconds that open requests get to end when the server is told to stop."""
+    """Seconds that running responses get to end when the server is told to stop. Then those in the background go
+    back to the queue, and others are closed as failed."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """What is logged."""
 

@@ -119,6 +119,15 @@ def restore(reduced: Mapping[str, Any]) -> Envelope:
     return {**DEFAULTS, **reduced}
 
 
+def changed(envelope: Mapping[str, Any], response: Mapping[str, Any]) -> Envelope:
+    """The fields without a column that differ in `response`, which is what became of `envelope`."""
+    return {
+        field: value
+        for field, value in response.items()
+        if field not in _COLUMNS and (field not in envelope or envelope[field] != value)
+    }
+
+
 def split_repeated(reduced: Envelope) -> tuple[Envelope, Envelope]:
     """`reduced` without the fields that repeat from turn to turn, and those fields."""
     repeated = {field: reduced[field] for field in _REPEATED if field in reduced}

@@ -8,6 +8,7 @@ because their types are open-ended and many (a typed union costs ten times the p
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
@@ -49,6 +50,26 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class Retry:
+    """By what a request is known when it comes again. name: 16 bytes, the tenant's own. body: digest of what is
+    asked, where another body under the same name is refused. attaches: this one means the response that was
+    begun under its name, where there is one; else it only leaves its name for those that come."""
+
+    name: bytes
+    body: bytes | None = None
+    attaches: bool = False
+
+
+def digest16(*parts: bytes) -> bytes:
+    """16 bytes that tell these parts from any others."""
+    whole = blake2b(digest_size=16)
+    for part in parts:
+        whole.update(len(part).to_bytes(8))
+        whole.update(part)
+    return whole.digest()
+
+
+@dataclass(frozen=True, slots=True)
 class Caller:
     """Who asks, as the headers say.
 
@@ -57,6 +78,8 @@ class Caller:
     lineage:    what codex tells of forks, parents and windows; stored as it is.
     forked_from: the thread key this thread was copied from, where codex says so.
     bearer:     the client's own credential, for upstreams that are set to pass it on.
+    turn_id:    codex's name for the turn; all requests of the turn have it.
+    retry:      by what the request is known when it comes again, as far as the headers tell.
     """
 
     tenant: str = ""
@@ -65,6 +88,8 @@ class Caller:
     lineage: Mapping[str, Any] = field(default_factory=dict)
     forked_from: str | None = None
     bearer: str | None = None
+    turn_id: str | None = None
+    retry: Retry | None = None
 
 
 _MOST_NAME = 512
@@ -129,12 +154,10 @@ def parse_request(
     max_items: int = 10_000,
     strict: bool = False,
     extra: frozenset[str] = frozenset(),
-    background: bool = True,
 ) -> Request:
     """Check `body`, the parsed JSON of a create request. Raises `InvalidRequest` and its kin.
 
     extra: fields beyond the API's that an upstream is set to be given.
-    background: whether a response may be asked for in the background.
     """
     if not isinstance(body, dict):
         raise InvalidType("The request body must be a JSON object.")
@@ -144,11 +167,6 @@ def parse_request(
     unknown = [name for name in body if name not in KNOWN_FIELDS and name not in extra]
     if strict and unknown:
         raise UnknownParameter(f"Unknown parameter: '{unknown[0][:100]}'.", param=unknown[0][:100])
-    if body.get("background") and not background:
-        raise UnsupportedParameter(
-            "Unsupported parameter: 'background'. This server runs no responses in the background yet.",
-            param="background",
-        )
     items = _check_input(body["input"], max_items)
     tools = _check_tools(body.get("tools") or ())
     _check_formats(body)

@@ -34,8 +34,9 @@ class Feed:
         self._on_deserted = None
         self._wake_all()
 
-    def follow(self) -> "Follower":
-        follower = Follower(self)
+    def follow(self, first: int = 0) -> "Follower":
+        """Follow from the event number `first` on, which need not be there yet."""
+        follower = Follower(self, first)
         self._followers.add(follower)
         return follower
 
@@ -52,9 +53,9 @@ class Feed:
 class Follower:
     """A place in a feed. Use as a context manager: leaving it leaves the feed."""
 
-    def __init__(self, feed: Feed) -> None:
+    def __init__(self, feed: Feed, first: int) -> None:
         self._feed = feed
-        self._position = 0
+        self._position = first
         self._waiting: asyncio.Future[None] | None = None
         self.left = False
 
@@ -74,7 +75,13 @@ class Follower:
     @property
     def done(self) -> bool:
         """Whether `next` has nothing more to give, ever."""
-        return self.left or (self._feed.ended and self._position == len(self._feed.events))
+        return self.left or (self._feed.ended and self._position >= len(self._feed.events))
+
+    @property
+    def lost(self) -> Event | None:
+        """The event that ended the feed, where it ended below the number this follower began at."""
+        events = self._feed.events
+        return events[-1] if self._feed.ended and events and self._position > len(events) else None
 
     def wake(self) -> None:
         """Let `next` return, with nothing if there is nothing."""
@@ -92,7 +99,7 @@ class Follower:
 
     async def next(self, most: int) -> Sequence[Event]:
         """Up to `most` events, as soon as there are any; none when woken without, or when `done`."""
-        if self._position == len(self._feed.events) and not self.done:
+        if self._position >= len(self._feed.events) and not self.done:
             await self._wait()
         if self.left:
             return ()

@@ -22,18 +22,18 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from responses_ingress.core.context import align
 from responses_ingress.core.deltas import Item
 from responses_ingress.core.items import OUTPUTS, digest, is_model_made
-from responses_ingress.core.request import Caller, Request
+from responses_ingress.core.request import Caller, Request, Retry, digest16
 from responses_ingress.errors import (
     NotFound,
     PreviousNotCompleted,
     PreviousNotFound,
     ResponseRunning,
 )
-from responses_ingress.ids import Ids, named_thread, partition_of
+from responses_ingress.ids import Ids, named_thread, partition_of, root_branch
 from responses_ingress.store.database import Database
 from responses_ingress.store.history import ThreadHead, find_items, find_thread, read_digests, read_payloads
-from responses_ingress.store.responses import find_response
-from responses_ingress.store.turns import NewItem, Placement
+from responses_ingress.store.responses import StoredResponse, find_response
+from responses_ingress.store.values import NewItem, Placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,7 @@ class Resolved:
 
     stored:  what of `new` becomes part of the thread, as the branch takes it.
     is_turn: the answer becomes part of the thread too.
+    retry:   by what the request is known when it comes again.
     """
 
     thread_id: str
@@ -51,47 +52,65 @@ class Resolved:
     stored: Sequence[NewItem] = ()
     is_turn: bool = True
     memory: bytes | None = None
+    retry: Retry | None = None
 
 
-async def resolve(database: Database, ids: Ids, request: Request, caller: Caller) -> Resolved:
-    """Raises `PreviousNotFound`, `PreviousNotCompleted`, `NotFound` (a conversation, a referenced item),
-    `ResponseRunning`."""
+async def resolve(
+    database: Database, ids: Ids, request: Request, caller: Caller, thread_id: str | None = None
+) -> Resolved:
+    """`thread_id`: the thread that was made for the request when it was queued. Raises `PreviousNotFound`,
+    `PreviousNotCompleted`, `NotFound` (a conversation, a referenced item), `ResponseRunning`."""
     if request.conversation is not None:
         raise NotFound(f"Conversation with id '{request.conversation[:100]}' not found.")
+    resolved = await _resolve(database, ids, request, caller, thread_id or ids.make("thread", ids.partition()))
+    return resolved if caller.retry is None else replace(resolved, retry=caller.retry)
+
+
+async def thread_of(database: Database, request: Request, caller: Caller, fresh: str) -> str:
+    """The thread of a request that cannot be resolved yet, because what it builds on still runs; `fresh` where it
+    makes one. Raises `PreviousNotFound`."""
+    if caller.thread_key is not None and caller.kind == "turn":
+        return named_thread(caller.tenant, caller.thread_key)
+    previous = request.previous_response_id
+    if previous is None:
+        return fresh
+    async with database.reading() as connection:
+        return (await _previous(connection, caller.tenant, previous)).thread_id
+
+
+async def _resolve(database: Database, ids: Ids, request: Request, caller: Caller, fresh: str) -> Resolved:
     given = await _dereference(database, caller.tenant, request.input)
     is_turn = caller.kind == "turn"
     if request.previous_response_id is not None:
         caller = caller if is_turn else replace(caller, thread_key=None)
         return await _after_previous(database, ids, request, caller, given)
     if not is_turn:
-        return await _beside_the_thread(database, ids, request, caller, given)
+        return await _beside_the_thread(database, ids, request, caller, given, fresh)
     if caller.thread_key is not None:
         return await _in_session(database, ids, request, caller, given)
-    return _alone(ids, request, caller, given)
+    return _alone(ids, request, caller, given, fresh)
 
 
 async def _beside_the_thread(
-    database: Database, ids: Ids, request: Request, caller: Caller, given: Sequence[Item]
+    database: Database, ids: Ids, request: Request, caller: Caller, given: Sequence[Item], fresh: str
 ) -> Resolved:
     """Codex's prewarm, memory and compaction requests are no turns of the thread. But a compaction in the
     middle of a turn is the first and last to bring the outputs of the tools that ran before it."""
-    alone = _alone(ids, request, replace(caller, thread_key=None), given)
+    alone = _alone(ids, request, replace(caller, thread_key=None), given, fresh)
     if caller.kind != "compaction" or caller.thread_key is None or request.store:
         return alone
     async with database.reading() as connection:
         placement, _ = await _session(connection, ids, caller)
-        carried = await _carried(connection, ids, placement, caller, given)
+        carried = await _carried(connection, ids, placement, caller, given, [digest(item) for item in given])
     outputs = list(takewhile(lambda item: item.type in OUTPUTS, carried.stored))
     return replace(carried, stored=outputs, is_turn=False) if outputs else alone
 
 
-def _alone(ids: Ids, request: Request, caller: Caller, given: Sequence[Item]) -> Resolved:
-    partition = ids.partition()
-    thread_id = ids.make("thread", partition)
-    if not request.store:
+def _alone(ids: Ids, request: Request, caller: Caller, given: Sequence[Item], thread_id: str) -> Resolved:
+    if not (request.store or request.background):
         return Resolved(thread_id, None, (), given)
-    root = ids.branch(partition)
-    placement = Placement(caller.tenant, thread_id, None, root, 0, 0, ids.branch(partition), root)
+    root = root_branch(thread_id)
+    placement = Placement(caller.tenant, thread_id, None, root, 0, 0, ids.branch(partition_of(thread_id)), root)
     return _resolved(ids, placement, (), given)
 
 
@@ -100,9 +119,7 @@ async def _after_previous(
 ) -> Resolved:
     previous = request.previous_response_id or ""
     async with database.reading() as connection:
-        row = await find_response(connection, caller.tenant, previous)
-        if row is None:
-            raise PreviousNotFound(_gone(previous), param="previous_response_id")
+        row = await _previous(connection, caller.tenant, previous)
         if row.running:
             raise ResponseRunning(row.id)
         if row.branch_id is None or row.stop is None:
@@ -111,7 +128,7 @@ async def _after_previous(
                 param="previous_response_id",
             )
         context = _parsed(await read_payloads(connection, row.branch_id, 0, row.stop))
-        if caller.thread_key is None and not request.store:
+        if caller.thread_key is None and not (request.store or request.background):
             if await find_response(connection, caller.tenant, previous) is None:
                 raise PreviousNotFound(_gone(previous), param="previous_response_id")  # deleted while it was read
             return Resolved(row.thread_id, None, context, given)
@@ -122,6 +139,13 @@ async def _after_previous(
         placement, head = await _session(connection, ids, caller)
     placement = replace(placement, branch_id=row.branch_id, position=row.stop, first=row.stop)
     return replace(_resolved(ids, placement, context, given), memory=head.memory if head else None)
+
+
+async def _previous(connection: AsyncConnection, tenant: str, previous: str) -> StoredResponse:
+    row = await find_response(connection, tenant, previous)
+    if row is None or not row.store:
+        raise PreviousNotFound(_gone(previous), param="previous_response_id")
+    return row
 
 
 def _gone(response_id: str) -> str:
@@ -154,19 +178,33 @@ async def _session(connection: AsyncConnection, ids: Ids, caller: Caller) -> tup
 async def _in_session(
     database: Database, ids: Ids, request: Request, caller: Caller, given: Sequence[Item]
 ) -> Resolved:
+    digests = [digest(item) for item in given]
     async with database.reading() as connection:
         placement, head = await _session(connection, ids, caller)
         memory = head.memory if head else None
         if not request.store or any(is_model_made(item) for item in given):
-            resolved = await _carried(connection, ids, placement, caller, given)
+            resolved = await _carried(connection, ids, placement, caller, given, digests)
         else:
             context = _parsed(await read_payloads(connection, placement.branch_id, 0, placement.position))
             resolved = _resolved(ids, placement, context, given)
-    return replace(resolved, memory=memory)
+    return replace(resolved, memory=memory, retry=_codex_retry(caller, digests))
+
+
+def _codex_retry(caller: Caller, digests: Sequence[bytes]) -> Retry | None:
+    """Codex sends the same thread, turn and input twice only when it did not get the answer."""
+    if caller.turn_id is None:
+        return None
+    names = (caller.tenant, caller.thread_key or "", caller.turn_id)
+    return Retry(digest16(b"codex", *(name.encode() for name in names), *digests), attaches=True)
 
 
 async def _carried(
-    connection: AsyncConnection, ids: Ids, placement: Placement, caller: Caller, given: Sequence[Item]
+    connection: AsyncConnection,
+    ids: Ids,
+    placement: Placement,
+    caller: Caller,
+    given: Sequence[Item],
+    digests: Sequence[bytes],
 ) -> Resolved:
     """The client sent its history: store only what the branch does not have.
 
@@ -176,7 +214,6 @@ async def _carried(
         parent = await find_thread(connection, caller.tenant, named_thread(caller.tenant, caller.forked_from))
         if parent is not None:
             placement = replace(placement, branch_id=parent.active_branch, position=parent.head)
-    digests = [digest(item) for item in given]
     stored = await read_digests(connection, placement.branch_id, placement.position)
     position, tail = align(stored, digests)
     if position == 0 and placement.root is not None:

@@ -11,8 +11,8 @@ Its laws, one test each in tests/runs/test_run.py:
 5. An illegal or truncated upstream is a failed or incomplete response, never a malformed stream and
    never `completed`.
 6. Streaming and JSON replies are this same run with another follower.
-7. Nothing stays stuck: whatever is raised here ends the response; what a dead process left behind, the
-   runner finds by its lease.
+7. Nothing stays stuck: whatever is raised here ends the response, or hands it over to another process; what a
+   dead process left behind, the upkeep finds by its lease.
 
 Broad `except`s are here, at the web edge, and where one fault must not end what all rely on: around a unit
 of the store's writer and around a chore of the runner's upkeep.
@@ -20,31 +20,63 @@ of the store's writer and around a chore of the runner's upkeep.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
 
-from responses_ingress.core.builder import Builder, Event
+from responses_ingress.core.builder import Event
 from responses_ingress.core.deltas import Accepted, Delta, Finish, Item, Open, Remember, Text
 from responses_ingress.core.deltas import encode as encode_deltas
-from responses_ingress.core.envelope import Envelope, reduce, split_repeated
+from responses_ingress.core.envelope import Envelope, changed
 from responses_ingress.core.items import digest
+from responses_ingress.core.replay import fold
 from responses_ingress.core.turn import Turn
-from responses_ingress.errors import Cancelled, IngressError, InternalError, UpstreamError, UpstreamTruncated
+from responses_ingress.errors import (
+    Cancelled,
+    HandedOver,
+    IngressError,
+    InternalError,
+    NotHandedOver,
+    ServerRestarted,
+    UpstreamError,
+    UpstreamTruncated,
+)
 from responses_ingress.ids import Ids, partition_of
-from responses_ingress.runs.feed import Feed
+from responses_ingress.runs.feed import Feed, Follower
 from responses_ingress.store.database import Database
-from responses_ingress.store.turns import Ending, NewItem, Owner, Placement, append_journal, end
+from responses_ingress.store.queue import hand_over
+from responses_ingress.store.turns import append_journal, end
+from responses_ingress.store.values import Ending, Entry, Keep, NewItem, Owner, Placement
 
 logger = logging.getLogger(__name__)
 
 _STATUSES = {"context_length_exceeded": 400, "rate_limit_exceeded": 429}
-
+_CANCEL_PATIENCE = 5.0
+"""Seconds that an upstream is given to take a cancel."""
 
 Deltas = AsyncGenerator[Sequence[Delta], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A backend at work on a turn.
+
+    backend:   its name.
+    cancel:    passes a client's cancel on to what the backend remembers; None where it leaves nothing behind.
+    resumable: another process can go on with it once it has remembered something.
+    goes_on:   it goes on when nobody follows.
+    journal:   what earlier processes have journaled of it.
+    """
+
+    deltas: Deltas
+    backend: str
+    cancel: Callable[[Mapping[str, Any]], Awaitable[None]] | None = None
+    resumable: bool = False
+    goes_on: bool = False
+    journal: Sequence[Entry] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +86,7 @@ class Record:
     input:   the new input items, for the branch.
     is_turn: the output goes to the branch too.
     begun:   done when the response's row is committed.
+    lingers: somebody may ask the same again when it has ended.
     """
 
     database: Database
@@ -63,42 +96,51 @@ class Record:
     input: Sequence[NewItem]
     is_turn: bool
     begun: "asyncio.Future[None]"
+    lingers: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Kit:
-    """What every run of a process shares."""
+    """What every run of a process shares. `at` is told the named points of a run's life that are passed: tests
+    end the process there."""
 
     ids: Ids
     flush_interval: float
     on_deserted: Callable[["Run"], None]
+    keep: Keep = Keep()
+    at: Callable[[str], None] = lambda _: None
 
 
 class Run:
     """One response in the making. Its own task drives it; everyone else follows the feed."""
 
-    def __init__(self, turn: Turn, deltas: Deltas, envelope: Envelope, record: Record | None, kit: Kit) -> None:
+    def __init__(self, turn: Turn, work: Work, envelope: Envelope, record: Record | None, kit: Kit) -> None:
         self.id = turn.response_id
         self.thread_id = turn.thread_id
         self.background = bool(envelope["background"])
+        self.backend = work.backend
+        self.silent = not turn.stream
+        self.goes_on = self.background or work.goes_on
         self.error: IngressError | None = None
         self.was_accepted = False
+        self.handed_over = False
         self.usage_missing = False
         self.feed = Feed(lambda: kit.on_deserted(self))
         loop = asyncio.get_running_loop()
         self.accepted: asyncio.Future[None] = loop.create_future()
         self.ended: asyncio.Future[None] = loop.create_future()
-        self._deltas = deltas
+        self._work = work
         self._record = record
         self._kit = kit
         self._envelope = envelope
-        self._builder = Builder(envelope, silent=not (turn.stream or self.background))
+        self._builder = fold(envelope, [entry.payload for entry in work.journal], silent=self.silent)
         self._created: list[Event] = []  # made first of all, to be published with the response's row
         self._held: list[Event] = []  # made, not yet published
         self._unwritten: list[Delta] = []  # fed to the builder, not yet in the journal
-        self._written = 0  # number of the first event the journal does not tell
+        self._written = sum(entry.events for entry in work.journal)  # number of the first event not journaled
         self._flush: asyncio.TimerHandle | None = None
         self._memory: bytes | None = None
+        self._must_write = False  # something waits for the journal before the backend may go on
         self._stop: IngressError | None = None  # why it ends early; nothing stops it twice
         self._started = False
         self._unkept = False  # the journal has refused something
@@ -116,6 +158,15 @@ class Run:
     def status(self) -> str:
         return "failed" if self._lost else self._builder.status
 
+    @property
+    def followed(self) -> bool:
+        """Whether anybody in this process follows it."""
+        return self.feed.followed
+
+    def follow(self, first: int = 0) -> Follower:
+        """Follow its events from the number `first` on."""
+        return self.feed.follow(first)
+
     def response(self) -> Envelope:
         """The response object as of now."""
         if self._lost and self.error is not None:
@@ -126,8 +177,12 @@ class Run:
         """Why the response failed, as an HTTP error; None where it did not."""
         if self.error is not None or self.status != "failed":
             return self.error
-        told = self._builder.response()["error"]
-        return UpstreamError(told["message"], code=told["code"], status=_STATUSES.get(told["code"]))
+        return told_failure(self._builder.response())
+
+    def refusal(self) -> IngressError | None:
+        """Why the backend refused the turn at once, where that can be the answer to the request that made it."""
+        refused = self.accepted.done() and not self.was_accepted and not self.background
+        return self.error if refused else None
 
     def cancel(self, reason: IngressError) -> None:
         """Stop the backend and end the response: cancelled where `reason` is `Cancelled`, else failed."""
@@ -135,6 +190,10 @@ class Run:
             self._stop = reason
             if self._started:  # a task cancelled before its first step would end nothing
                 self._task.cancel()
+
+    def hand_over(self) -> None:
+        """Stop here and let another process go on, or begin again; where that cannot be, fail."""
+        self.cancel(HandedOver("The server is shutting down; another one goes on with this response.", retry_after=1))
 
     async def _drive(self) -> None:
         """Produce the response, whatever happens."""
@@ -148,9 +207,9 @@ class Run:
             if self._stop is None:
                 raise
             self._task.uncancel()
-            await self._fail(self._stop)
+            await self._halt(self._stop)
         except IngressError as error:
-            await self._fail(error)
+            await self._halt(error)
         except Exception as error:
             logger.exception("run %s failed", self.id)
             await self._fail(InternalError(f"The server failed to run this request ({type(error).__name__})."))
@@ -159,7 +218,6 @@ class Run:
 
     def _open(self) -> None:
         """Publish `response.created` when its row is committed; the backend is called meanwhile."""
-        self._builder.start()
         self._created = self._builder.take()
         if self._record is None:
             self._publish()
@@ -169,13 +227,14 @@ class Run:
     def _on_begun(self, begun: "asyncio.Future[None]") -> None:
         error = begun.exception()
         if error is None:
+            self._kit.at("begin.after")
             self.feed.publish(self._created)
             self._created = []
         elif isinstance(error, IngressError):
             self.cancel(error)
 
     async def _pump(self) -> None:
-        async with aclosing(self._deltas) as batches:
+        async with aclosing(self._work.deltas) as batches:
             async for deltas in batches:
                 await self._take(deltas)
                 if self._builder.ended:
@@ -200,11 +259,13 @@ class Run:
 
     async def _keep(self, record: Record) -> None:
         """Law 2: text leaves at once and is written soon; anything else waits until it is written."""
-        must_wait = self._behind or self._kit.flush_interval == 0
+        must_wait = self._behind or self._must_write or self._kit.flush_interval == 0
         if must_wait or any(event.type == "response.output_item.done" for event in self._held):
-            if self._builder.number > self._written:
+            if self._unwritten:
+                self._kit.at("journal.before")
                 await self._write(record)
-            self._behind = False
+                self._kit.at("journal.after")
+            self._behind = self._must_write = False
             self._publish()
         else:
             self._publish()
@@ -223,6 +284,7 @@ class Run:
             self._settle()
         elif isinstance(delta, Remember):
             self._memory = orjson.dumps(delta.state)
+            self._must_write = True
         elif isinstance(delta, Finish):
             self.usage_missing = delta.usage is None
             return replace(delta, at=int(self._kit.ids.clock()))
@@ -241,16 +303,22 @@ class Run:
             self.accepted.set_result(None)
 
     def _publish(self) -> None:
-        self.feed.publish([*self._created, *self._held] if self._created else self._held)
-        self._created, self._held = [], []
+        if self._held or self._created:
+            self._kit.at("publish.before")
+            self.feed.publish([*self._created, *self._held] if self._created else self._held)
+            self._created, self._held = [], []
+            self._kit.at("publish.after")
+
+    def _entry(self) -> Entry:
+        """What is not in the journal yet, as its next row."""
+        first, self._written = self._written, self._builder.number
+        payload, self._unwritten = encode_deltas(self._unwritten), []
+        return Entry(first, self._written - first, payload)
 
     def _write(self, record: Record) -> "asyncio.Future[None]":
         """Put into the journal what is not there yet."""
         self._drop_timer()
-        payload = encode_deltas(self._unwritten)
-        first, self._written, self._unwritten = self._written, self._builder.number, []
-        count = self._written - first
-        batch = append_journal(self.id, record.owner, record.placement.tenant, (first, count, payload))
+        batch = append_journal(self.id, record.owner, record.placement.tenant, self._entry())
         return record.database.submit(batch)
 
     def _write_aside(self, record: Record) -> None:
@@ -258,7 +326,7 @@ class Run:
         self._flush = None
         if self._writing is not None and not self._writing.done():
             self._behind = True
-        elif self._builder.number > self._written:
+        elif self._unwritten:
             self._writing = self._write(record)
             self._writing.add_done_callback(self._on_written)
 
@@ -276,26 +344,71 @@ class Run:
         """Law 3: commit the ending, then publish it."""
         self._drop_timer()
         if self._record is not None:
-            await self._record.database.submit(
-                end(self.id, self._record.owner, self._record.placement, self._ending(self._record), self._record.store)
-            )
+            self._kit.at("end.before")
+            ending = end(self.id, self._record.owner, self._record.placement, self._ending(self._record))
+            await self._record.database.submit(ending)
+            self._kit.at("end.after")
         self._publish()
 
     def _ending(self, record: Record) -> Ending:
         response = self._builder.response()
-        details = response["incomplete_details"]
+        details, echo = response["incomplete_details"], changed(self._envelope, response)
+        # Where nobody could read events and none were journaled, no cursor can point at one.
+        journal = None if self.silent and not self._written else self._entry()
         return Ending(
             status=self._builder.status,
-            envelope=orjson.dumps(split_repeated(reduce(response))[0]),
             input=record.input,
             output=[new_item(item) for item in self._builder.output] if record.is_turn else [],
+            echo=orjson.dumps(echo) if echo else None,
             error=_dumped(response["error"]),
             usage=_dumped(response["usage"]),
             incomplete=details["reason"] if details else None,
             completed_at=response["completed_at"],
             memory=self._memory,
-            journaled=self._written > 0,
+            journal=journal,
+            keep=self._kit.keep,
+            store=record.store,
+            lingers=record.lingers or journal is not None,
         )
+
+    async def _halt(self, reason: IngressError) -> None:
+        """End early: handed over, cancelled or failed."""
+        if isinstance(reason, HandedOver):
+            self.handed_over = await self._hand_over()
+            if self.handed_over:
+                self.error = reason
+                return
+            reason = ServerRestarted("The server was stopped while it was producing this response.")
+        if isinstance(reason, Cancelled):
+            self._kit.at("cancel")
+            await self._cancel_upstream()
+        await self._fail(reason)
+
+    async def _hand_over(self) -> bool:
+        """Whether another process may have the response from now on."""
+        record, builder = self._record, self._builder
+        resumable = self._work.resumable and builder.memory is not None and not builder.output
+        if record is None or builder.ended or self._unkept or not (self.background or resumable):
+            return False
+        given = hand_over(self.id, record.owner, self.thread_id, resumable=resumable, said=bool(builder.output))
+        try:
+            await _begun(record)
+            await record.database.submit(given)
+        except NotHandedOver:
+            return False
+        except IngressError as error:
+            logger.warning("response %s could not be handed over: %s", self.id, error.message)
+        return True
+
+    async def _cancel_upstream(self) -> None:
+        memory = self._builder.memory
+        if self._work.cancel is None or memory is None:
+            return
+        try:
+            async with asyncio.timeout(_CANCEL_PATIENCE):
+                await self._work.cancel(memory)
+        except (IngressError, TimeoutError) as error:
+            logger.warning("the cancel of %s did not reach its upstream: %s", self.id, type(error).__name__)
 
     async def _fail(self, error: IngressError) -> None:
         """End the response with `error`, in the database and for its followers."""
@@ -342,6 +455,12 @@ class Run:
         if self._flush is not None:
             self._flush.cancel()
             self._flush = None
+
+
+def told_failure(response: Mapping[str, Any]) -> IngressError:
+    """The error of a failed response, as an HTTP error."""
+    told = response["error"]
+    return UpstreamError(told["message"], code=told["code"], status=_STATUSES.get(told["code"]))
 
 
 async def _begun(record: Record) -> None:

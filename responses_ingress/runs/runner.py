@@ -1,54 +1,54 @@
-"""The runner: begins runs, knows those of this process, and finds those a dead process left behind.
+"""The runner: begins runs, knows those of this process, and finds who makes the others.
 
-What must stay true: a turn of a session has its thread before its backend is called; a run nobody
-follows ends after the grace period, unless it works in the background; every unfinished response whose
-lease has run out is closed; only this room starts a task for a response.
+What must stay true: of the requests that want a thread's turn, the one that came first gets it; a run nobody
+follows ends after the grace period, unless it works in the background or its backend says that it goes on; a
+request that comes again means the response it made the first time; only this room starts a task for a response.
 """
 
 import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import orjson
-
-from responses_ingress.backends.base import Route, find_route
-from responses_ingress.core.deltas import Finish
-from responses_ingress.core.envelope import Envelope, open_envelope, reduce, split_repeated
-from responses_ingress.core.replay import fold
+from responses_ingress.backends.base import Route
 from responses_ingress.core.request import Caller, Request
-from responses_ingress.core.turn import Turn
 from responses_ingress.errors import (
+    AlreadyBegun,
     Busy,
     Cancelled,
+    CursorExpired,
     IngressError,
+    InvalidRequest,
     PlacementOutdated,
     ResponseRunning,
     ServerRestarted,
     StoreUnavailable,
     ThreadBusy,
 )
-from responses_ingress.ids import Ids, partition_of
+from responses_ingress.ids import Ids
+from responses_ingress.runs.making import Maker, closed
 from responses_ingress.runs.metrics import Metrics
-from responses_ingress.runs.resolve import Resolved, resolve
-from responses_ingress.runs.run import Kit, Record, Run, new_item
-from responses_ingress.store.database import Database, renew_leases
-from responses_ingress.store.responses import (
-    StoredResponse,
-    delete_response,
-    envelope_of,
-    find_expired,
-    read_journal,
-)
-from responses_ingress.store.turns import Ending, NewResponse, Owner, Placement, begin, end, take_over
+from responses_ingress.runs.run import Kit, Run
+from responses_ingress.runs.tail import POLL, Tail, View
+from responses_ingress.store.database import Database
+from responses_ingress.store.queue import ask_to_yield, cancel, followed_until, sign
+from responses_ingress.store.responses import StoredResponse, find_response, load, read_journal
+from responses_ingress.store.retention import delete_response
+from responses_ingress.store.turns import use
+from responses_ingress.store.values import Keep, Owner
+from responses_ingress.store.wake import Ear
 
 logger = logging.getLogger(__name__)
 
-_POLL = 0.25
+_USED_AGAIN = 60.0
+"""Seconds within which a response that is read again and again counts as used once."""
+
+_PAUSE = 0.25
+_CANCEL_PATIENCE = 10.0
+"""Seconds that a cancel waits for the process that runs the response."""
 
 Gone = Callable[[], Coroutine[Any, Any, None]]
 
@@ -60,36 +60,62 @@ class Limits:
     flush_interval: float = 0.1
     disconnect_grace: float = 10.0
     thread_wait: float = 30.0
-    lease: float = 30.0
+    lease: float = 15.0
     max_runs: int = 1000
+    max_background: int = 100
+    max_queued: int = 1000
+    keep: Keep = Keep()
 
 
 class Runner:
     """The runs of one process. Open it in the running loop."""
 
-    def __init__(self, database: Database, routes: Sequence[Route], limits: Limits, metrics: Metrics, ids: Ids) -> None:
-        self._database = database
+    def __init__(
+        self,
+        database: Database,
+        routes: Sequence[Route],
+        limits: Limits,
+        metrics: Metrics,
+        ids: Ids,
+        at: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.database = database
+        self.closing = False
         self._routes = routes
         self._limits = limits
         self._metrics = metrics
         self._clock = ids.clock
         self._ids = ids
-        self._owner = Owner(ids.request(), 1, limits.lease)
-        self._kit = Kit(ids, limits.flush_interval, self._on_deserted)
+        self._keep = limits.keep
+        self.owner = Owner(ids.request(), 1, limits.lease)
+        kit = Kit(ids, limits.flush_interval, self._on_deserted, self._keep, at)
+        self._maker = Maker(database, routes, ids, kit, self.owner)
+        self._view = View(database, self.get, self._on_followed, Tail.close, limits.disconnect_grace)
         self._runs: dict[str, Run] = {}
-        self._recorded: set[str] = set()
-        self._lines: dict[tuple[str, str], deque[object]] = {}
+        self._tails: dict[str, Tail] = {}
+        self._repeatable: dict[bytes, Run] = {}  # what has no row to be found by when it is asked for again
+        self._lines: dict[tuple[str, str], _Line] = {}
         self._waiting = 0
         self._creating = 0
         self._timers: dict[str, asyncio.TimerHandle] = {}  # what ends a run that nobody follows
-        self._stopping = asyncio.Event()
-        self._closing = False
+        self._tasks: set[asyncio.Task[None]] = set()
         metrics.running.set_function(lambda: len(self._runs))
-        self._upkeep = asyncio.create_task(self._keep_up(), name="runs-upkeep")
 
     def get(self, response_id: str) -> Run | None:
         """The run of this process that is producing the response, if one is."""
         return self._runs.get(response_id)
+
+    @property
+    def leased(self) -> dict[str, str]:
+        """What this process runs and has a lease for: response -> its thread."""
+        return {run.id: run.thread_id for run in self._runs.values() if run.recorded}
+
+    @property
+    def free(self) -> int:
+        """How many more background responses this process can run."""
+        if self.closing:
+            return 0
+        return self._limits.max_background - sum(run.background for run in self._runs.values())
 
     async def models(self) -> list[str]:
         """The model names a client can ask for: those routed by their full name, and what the backends
@@ -103,267 +129,305 @@ class Runner:
                 logger.warning("backend %s does not tell its models: %s", backend.name, error.message)
         return list(dict.fromkeys(names))
 
-    async def delete(self, tenant: str, response_id: str) -> bool:
-        """Delete an ended response. False where there is none."""
-        async with self._database.transaction() as connection:
-            return await delete_response(connection, tenant, response_id)
-
-    async def create(self, request: Request, caller: Caller, gone: Gone | None = None) -> Run:
-        """Begin a response. What is wrong with the request itself is raised before anything is written.
+    async def create(self, request: Request, caller: Caller, gone: Gone | None = None) -> Run | Tail:
+        """Begin a response, or find the one that this request has begun before. What is wrong with the request
+        itself is raised before anything is written.
 
         gone: returns when the client has left; a request that waits for its turn is dropped then.
         """
-        if self._closing or len(self._runs) + self._waiting >= self._limits.max_runs:
+        if self.closing or len(self._runs) + self._waiting >= self._limits.max_runs:
             raise Busy("The server is at its limit of running responses. Try again soon.", retry_after=1)
-        if caller.thread_key is None and request.previous_response_id is None:
-            return await self._create(request, caller)
-        self._waiting += 1
+        if caller.retry is not None and caller.retry.attaches and caller.retry.name in self._repeatable:
+            return self._repeatable[caller.retry.name]
         try:
+            if request.background:
+                return await self._create_in_background(request, caller)
+            if caller.thread_key is None and request.previous_response_id is None:
+                return await self._create(request, caller)
             return await self._create_in_line(request, caller, gone)
-        finally:
-            self._waiting -= 1
+        except AlreadyBegun as known:
+            return await self._attach(known.response_id)
+
+    async def _attach(self, response_id: str) -> Run | Tail:
+        """Follow the response that a repeated request has begun the first time."""
+        run = self._runs.get(response_id)
+        if run is not None:
+            return run
+        async with self.database.reading() as connection:
+            found = await load(connection, [response_id])
+        if not found:
+            raise Busy("The response that this request made is gone. Try again.", retry_after=1)
+        return self._tail(found[0])
+
+    async def _create_in_background(self, request: Request, caller: Caller) -> Run | Tail:
+        """Begin at once where that is possible, else wait in the queue."""
+        if self.free > 0:
+            try:
+                return await self._create(request, caller)
+            except (ResponseRunning, PlacementOutdated):
+                pass
+        id = await self._maker.queue(request, caller, self._limits.max_queued)
+        return await self._attach(id)
 
     async def _create_in_line(self, request: Request, caller: Caller, gone: Gone | None) -> Run:
         """Begin a response that builds on others, when those have ended: the first that came first."""
         deadline = asyncio.get_running_loop().time() + self._limits.thread_wait
+        with self._in_line(caller) as (line, ticket), self.database.bell.listen(line.topic) as ear:
+            leaving = asyncio.ensure_future(gone()) if gone is not None else None
+            if leaving is not None:
+                leaving.add_done_callback(lambda _: ear.wake())
+            try:
+                while True:
+                    busy = None
+                    if line.tickets[0] is ticket:
+                        try:
+                            return await self._create(request, caller)
+                        except PlacementOutdated:
+                            continue
+                        except ResponseRunning as running:
+                            busy = running
+                    await self._wait(busy, ear, deadline)
+                    if leaving is not None and leaving.done():
+                        raise Cancelled("The client left.")
+            finally:
+                if leaving is not None:
+                    leaving.cancel()
+
+    @contextlib.contextmanager
+    def _in_line(self, caller: Caller) -> Iterator[tuple["_Line", object]]:
+        """A place in the line of the caller's session; a request without a session is alone in one."""
         key = (caller.tenant, caller.thread_key or "")
-        line = self._lines.setdefault(key, deque()) if caller.thread_key else deque[object]()
-        ticket, in_the_way = object(), None
-        line.append(ticket)
+        line = self._lines.setdefault(key, _Line()) if caller.thread_key else _Line()
+        ticket = object()
+        line.tickets.append(ticket)
+        self._waiting += 1
         try:
-            while True:
-                if line[0] is ticket:
-                    try:
-                        return await self._create(request, caller)
-                    except PlacementOutdated:
-                        continue
-                    except ResponseRunning as busy:
-                        in_the_way = busy
-                await self._wait_for(in_the_way, deadline, gone)
+            yield line, ticket
         finally:
-            line.remove(ticket)
-            if not line:
+            self._waiting -= 1
+            line.tickets.remove(ticket)
+            if not line.tickets:
                 self._lines.pop(key, None)
+            self.database.bell.ring([line.topic])
+
+    async def _wait(self, busy: ResponseRunning | None, ear: Ear, deadline: float) -> None:
+        """Wait until it is worth looking again."""
+        left = deadline - asyncio.get_running_loop().time()
+        if left <= 0:
+            why = busy.message if busy is not None else "Other requests wait for this thread."
+            raise Busy(f"{why} Try again soon.", retry_after=2)
+        if busy is not None:
+            is_new = ear.add(busy.running)
+            run = self.get(busy.running)
+            if isinstance(busy, ThreadBusy):
+                await self._make_way(run, busy.running, ask=is_new)
+            if is_new and run is None:
+                return  # it may have ended before this one listened
+        await ear.heard(min(POLL, left))
+
+    async def _make_way(self, run: Run | None, response_id: str, *, ask: bool) -> None:
+        """End the run that has the thread's turn, if nobody follows it; or ask its process to."""
+        if run is not None:
+            await self._end_if_deserted(run, "The next turn of the thread has taken its place.")
+        elif ask:
+            await self.database.submit(ask_to_yield(response_id))
 
     async def _create(self, request: Request, caller: Caller) -> Run:
-        if self._closing:
+        if self.closing:
             raise Busy("The server is shutting down.", retry_after=1)
         self._creating += 1
         try:
-            run = await self._make(request, caller)
+            run = await self._maker.make(request, caller)
         finally:
             self._creating -= 1
-        if self._closing:
-            run.cancel(_stopped())
-        return run
+        if not run.recorded and caller.retry is not None:
+            self._repeatable[caller.retry.name] = run
+        return self._started(run)
 
-    async def _make(self, request: Request, caller: Caller) -> Run:
-        backend, model = find_route(self._routes, request.model)
-        resolved = await resolve(self._database, self._ids, request, caller)
-        envelope = self._envelope(request, resolved)
-        turn = _turn(request, caller, resolved, envelope["id"], model)
-        deltas = backend.stream(turn)  # refuses here what it cannot ask for, so that nothing is left behind
-        record = await self._begin(request, caller, resolved, envelope, backend.name)
-        return self._started(Run(turn, deltas, envelope, record, self._kit), backend.name)
+    async def take_up(self, row: StoredResponse) -> None:
+        """Run a response that this process has claimed from the queue."""
+        run = await self._maker.take_up(row)
+        if run is not None:
+            self._started(run)
 
-    def _envelope(self, request: Request, resolved: Resolved) -> Envelope:
-        id = self._ids.make("resp", partition_of(resolved.thread_id))
-        return open_envelope(request, id, int(self._clock()))
+    async def recover(self, row: StoredResponse) -> None:
+        """See to a response that another process has left behind, and that is this one's now."""
+        run = await self._maker.recover(row)
+        if run is not None:
+            self._started(run)
+            if not run.followed:
+                self._on_deserted(run)
 
-    async def _begin(
-        self, request: Request, caller: Caller, resolved: Resolved, envelope: Envelope, backend: str
-    ) -> Record | None:
-        """Write the response's row. A turn of a session waits here until it has its thread."""
-        if resolved.placement is None:
-            return None
-        new = _new_response(request, caller, resolved, envelope, backend)
-        begun = self._database.submit(begin(new, resolved.placement, self._owner))
-        if resolved.placement.exclusive or request.previous_response_id is not None:
-            await begun
-        return Record(
-            self._database,
-            resolved.placement,
-            self._owner,
-            request.store,
-            resolved.stored,
-            resolved.is_turn,
-            begun,
-        )
-
-    def _started(self, run: Run, backend: str) -> Run:
+    def _started(self, run: Run) -> Run:
         self._runs[run.id] = run
-        if run.recorded:
-            self._recorded.add(run.id)
         began = self._clock()
-        run.ended.add_done_callback(lambda _: self._on_ended(run, backend, began))
+        run.ended.add_done_callback(lambda _: self._on_ended(run, began))
+        if self.closing:
+            self._stop(run)
         return run
 
-    def _on_ended(self, run: Run, backend: str, began: float) -> None:
+    def _on_ended(self, run: Run, began: float) -> None:
         del self._runs[run.id]
         self._take_back_timer(run)
-        self._recorded.discard(run.id)
-        self._metrics.count(backend, run.status, self._clock() - began)
+        for name in [name for name, one in self._repeatable.items() if one is run]:
+            del self._repeatable[name]
+        if run.handed_over:
+            return
+        self._metrics.count(run.backend, run.status, self._clock() - began)
         if run.usage_missing:
-            self._metrics.usage_missing.labels(backend).inc()
+            self._metrics.usage_missing.labels(run.backend).inc()
 
-    async def _wait_for(self, busy: ResponseRunning | None, deadline: float, gone: Gone | None) -> None:
-        """Wait until it is worth looking again: until the run in the way has ended, where it is one of ours."""
-        run = self._runs.get(busy.running) if busy is not None else None
-        leaving = asyncio.ensure_future(gone()) if gone is not None else None
-        try:
-            while True:
-                if isinstance(busy, ThreadBusy) and run is not None and not run.background and not run.feed.followed:
-                    run.cancel(Cancelled("The next turn of the thread has taken its place."))
-                left = deadline - asyncio.get_running_loop().time()
-                if left <= 0:
-                    why = busy.message if busy is not None else "Other requests wait for this thread."
-                    raise Busy(f"{why} Try again soon.", retry_after=2)
-                await _first_of(run.ended if run is not None else None, leaving, min(_POLL, left))
-                if leaving is not None and leaving.done():
-                    raise Cancelled("The client left.")
-                if run is None or run.ended.done():
-                    return
-        finally:
-            if leaving is not None:
-                leaving.cancel()
+    # What others want of a run.
+
+    async def follow(self, row: StoredResponse, after: int | None) -> Run | Tail:
+        """Follow a response, wherever it runs; `after`: the number of the last event that was seen. Raises
+        `CursorExpired` where numbers are not kept any more."""
+        await self.seen(row)
+        run = self._runs.get(row.id)
+        if run is not None and not run.silent:
+            return run
+        if after is not None and not row.running:
+            async with self.database.reading() as connection:
+                if not await read_journal(connection, row.id):
+                    raise CursorExpired(
+                        "The events of this response are not kept any more. Leave out 'starting_after' to get its"
+                        " output as a new stream.",
+                        param="starting_after",
+                    )
+        return self._tail(row)
+
+    async def seen(self, row: StoredResponse) -> None:
+        """Somebody is about to be shown the response: what was shown must not be said anew, and what is used is
+        kept for longer."""
+        if row.running:
+            if row.background and row.followed_until is None:
+                await self.database.submit(sign(row.id, 0.0))
+        elif row.store and (row.expires_at or 0) < self.database.clock() + self._keep.response - _USED_AGAIN:
+            self.database.submit(use(row.id, self._keep)).add_done_callback(_forget)
+
+    async def cancel(self, tenant: str, response_id: str) -> StoredResponse | None:
+        """Cancel a background response, wherever it runs, and wait for its end, but not for ever; its row then. None
+        where there is none."""
+        row = await self._find(tenant, response_id)
+        if row is None or not row.running:
+            return row
+        if not row.background:
+            raise InvalidRequest("Cannot cancel a synchronous response.")
+        reason = Cancelled("The response was cancelled.")
+        patience = asyncio.get_running_loop().time() + _CANCEL_PATIENCE
+        with self.database.bell.listen(row.id) as ear:
+            ending = replace(closed(row, (), reason, int(self._clock())), keep=self._keep)
+            await self.database.submit(cancel(row, ending))
+            run = self._runs.get(row.id)
+            if run is not None:
+                run.cancel(reason)
+            while row is not None and row.running and asyncio.get_running_loop().time() < patience:
+                await ear.heard(POLL)
+                row = await self._find(tenant, response_id)
+        return row
+
+    async def _find(self, tenant: str, response_id: str) -> StoredResponse | None:
+        async with self.database.reading() as connection:
+            return await find_response(connection, tenant, response_id)
+
+    async def delete(self, tenant: str, response_id: str) -> bool:
+        """Delete an ended response. False where there is none."""
+        async with self.database.transaction() as connection:
+            return await delete_response(connection, tenant, response_id)
+
+    async def answer(self, asked: Sequence[tuple[str, str]]) -> None:
+        """Do what other processes ask of the runs of this one."""
+        for response_id, what in asked:
+            run = self._runs.get(response_id)
+            if run is not None and what == "cancel":
+                run.cancel(Cancelled("The response was cancelled."))
+            elif run is not None:
+                await self._end_if_deserted(run, "The next turn of the thread has taken its place.")
+
+    def _tail(self, row: StoredResponse) -> Tail:
+        return self._tails.get(row.id) or Tail(row, self._view)
+
+    def _on_followed(self, tail: Tail) -> None:
+        if self._tails.setdefault(tail.id, tail) is tail:
+            tail.ended.add_done_callback(lambda _: self._tails.pop(tail.id, None))
+
+    # Runs that nobody follows.
 
     def _on_deserted(self, run: Run) -> None:
-        if not run.background:
+        if not run.goes_on:
             self._take_back_timer(run)
             loop = asyncio.get_running_loop()
-            self._timers[run.id] = loop.call_later(self._limits.disconnect_grace, self._cancel_if_deserted, run)
+            self._timers[run.id] = loop.call_later(self._limits.disconnect_grace, self._look_after, run)
+
+    def _look_after(self, run: Run) -> None:
+        task = asyncio.create_task(self._end_if_deserted(run, "The client left."), name=f"deserted-{run.id}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _take_back_timer(self, run: Run) -> None:
         timer = self._timers.pop(run.id, None)
         if timer is not None:
             timer.cancel()
 
-    def _cancel_if_deserted(self, run: Run) -> None:
-        if not run.feed.followed:
-            run.cancel(Cancelled("The client left."))
+    async def _end_if_deserted(self, run: Run, why: str) -> None:
+        """Cancel a run that nobody follows, here or in another process."""
+        if run.goes_on or run.followed:
+            return
+        if run.recorded and await self._is_followed_elsewhere(run):
+            self._on_deserted(run)
+        elif not run.followed:
+            run.cancel(Cancelled(why))
+
+    async def _is_followed_elsewhere(self, run: Run) -> bool:
+        try:
+            async with self.database.reading() as connection:
+                return await followed_until(connection, run.id) > self.database.clock()
+        except StoreUnavailable:  # nobody can be told of its end either
+            return True
+
+    # The end of the process.
 
     async def close(self, grace: float) -> None:
-        """Begin nothing more; give running turns `grace` seconds, then close what is left. Once is enough."""
-        self._closing = True
+        """Begin nothing more; give what runs and is followed `grace` seconds, then hand over or end the rest."""
+        self.closing = True
         await self._wait_ended(grace)
         while self._runs or self._creating:
             for run in list(self._runs.values()):
-                run.cancel(_stopped())
-            await self._wait_ended(_POLL)
-        self._stopping.set()
-        await self._upkeep
+                self._stop(run)
+            await self._wait_ended(_PAUSE)
+        for tail in list(self._tails.values()):
+            tail.close()
+        for task in list(self._tasks):
+            await task
+
+    @staticmethod
+    def _stop(run: Run) -> None:
+        if run.recorded:
+            run.hand_over()
+        else:
+            run.cancel(ServerRestarted("The server was stopped while it was producing this response."))
 
     async def _wait_ended(self, patience: float) -> None:
-        running = [run.ended for run in self._runs.values()]
+        running = [run.ended for run in self._runs.values()] + [tail.ended for tail in self._tails.values()]
         if running:
             await asyncio.wait(running, timeout=patience)
         elif self._creating:
-            await asyncio.sleep(min(patience, _POLL))
-
-    async def _keep_up(self) -> None:
-        """Renew our leases and close what others left behind, three times per lease."""
-        while not self._stopping.is_set():
-            try:
-                await self._renew()
-                await self._recover()
-            except StoreUnavailable as error:
-                logger.warning("upkeep is put off: %s", error.message)
-            except Exception:  # without upkeep, leases lapse and threads are given away while they are busy
-                logger.exception("upkeep failed")
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._limits.lease / 3):
-                    await self._stopping.wait()
-
-    async def _renew(self) -> None:
-        if self._recorded:
-            async with self._database.transaction() as connection:
-                until = self._clock() + self._limits.lease
-                await renew_leases(connection, self._owner.name, list(self._recorded), until)
-
-    async def _recover(self) -> None:
-        async with self._database.reading() as connection:
-            expired = await find_expired(connection, self._clock())
-        for row in expired:
-            try:
-                await self._close_left_behind(row)
-            except IngressError as error:
-                logger.info("response %s is another worker's to close: %s", row.id, error.message)
-            except Exception:  # one row that cannot be read must not keep the others open
-                logger.exception("response %s was left behind and cannot be closed", row.id)
-
-    async def _close_left_behind(self, row: StoredResponse) -> None:
-        """Law 7: fold what the journal holds, and end the response as failed with a code that says why."""
-        owner = Owner(self._owner.name, row.epoch + 1, self._limits.lease)
-        await self._database.submit(take_over(row.id, row.epoch, owner))
-        async with self._database.reading() as connection:
-            batches = await read_journal(connection, row.id)
-        builder = fold(envelope_of(row), batches, silent=True)
-        error = ServerRestarted("The server was restarted while it was producing this response.")
-        builder.feed(Finish("failed", error=error.detail(), at=int(self._clock())))
-        ending = Ending(
-            status="failed",
-            envelope=row.envelope,
-            input=[new_item(item) for item in orjson.loads(row.input or b"[]")],
-            output=[new_item(item) for item in builder.output],
-            error=orjson.dumps(error.detail()),
-        )
-        placement = Placement(row.tenant, row.thread_id, None, "", row.own, row.first, "", exclusive=True)
-        await self._database.submit(end(row.id, owner, placement, ending, row.store))
-        logger.warning("response %s was left behind by another process and is closed as failed", row.id)
+            await asyncio.sleep(min(patience, _PAUSE))
 
 
-def _stopped() -> ServerRestarted:
-    return ServerRestarted("The server was stopped while it was producing this response.")
+class _Line:
+    """Requests that wait for one session's turn, in the order they came."""
+
+    def __init__(self) -> None:
+        self.tickets: deque[object] = deque()
+        self.topic = f"line {id(self)}"
 
 
-async def _first_of(ended: Awaitable[None] | None, leaving: Awaitable[None] | None, patience: float) -> None:
-    news = [asyncio.ensure_future(one) for one in (ended, leaving) if one is not None]
-    if news:
-        await asyncio.wait(news, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
-    else:
-        await asyncio.sleep(patience)
+def _forget(done: "asyncio.Future[None]") -> None:
+    """Nobody waits for this; what went wrong was logged."""
+    if not done.cancelled():
+        done.exception()
 
 
 def _is_pattern(name: str) -> bool:
     return any(sign in name for sign in "*?[")
-
-
-def _turn(request: Request, caller: Caller, resolved: Resolved, response_id: str, model: str) -> Turn:
-    return Turn(
-        response_id=response_id,
-        thread_id=resolved.thread_id,
-        model=model,
-        instructions=request.instructions,
-        context=resolved.context,
-        new=resolved.new,
-        tools=request.tools,
-        tool_choice=request.body.get("tool_choice") or "auto",
-        parameters=request.body,
-        stream=request.stream,
-        memory=orjson.loads(resolved.memory) if resolved.memory else None,
-        bearer=caller.bearer,
-    )
-
-
-def _new_response(
-    request: Request, caller: Caller, resolved: Resolved, envelope: Envelope, backend: str
-) -> NewResponse:
-    rest, repeated = split_repeated(reduce(envelope))
-    preamble = None
-    if repeated and request.store:
-        payload = orjson.dumps(repeated)
-        preamble = (blake2b(payload, digest_size=16).digest(), payload)
-    return NewResponse(
-        id=envelope["id"],
-        previous_response_id=request.previous_response_id,
-        status=envelope["status"],
-        model=request.model,
-        backend=backend,
-        background=request.background,
-        store=request.store,
-        envelope=orjson.dumps(rest),
-        preamble=preamble,
-        input=b"[" + b",".join(item.payload for item in resolved.stored) + b"]",
-        created_at=envelope["created_at"],
-        lineage=orjson.dumps(caller.lineage) if caller.lineage else None,
-    )

@@ -4,19 +4,20 @@ What must stay true: everything on a hot path goes through the group-commit writ
 the rare rest. An open `Database` belongs to the loop that opened it.
 """
 
+import asyncio
 import logging
+import time
 from asyncio import Future
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 
-from sqlalchemy import bindparam, update
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from responses_ingress.errors import StoreUnavailable
 from responses_ingress.ids import Clock
-from responses_ingress.store.engine import read_engine, write_engine
-from responses_ingress.store.tables import responses, threads
+from responses_ingress.store.engine import is_sqlite, listen_engine, read_engine, write_engine
+from responses_ingress.store.wake import Bell, hear
 from responses_ingress.store.writer import T, Unit, Writer, kind
 
 logger = logging.getLogger(__name__)
@@ -32,13 +33,34 @@ def _translated() -> Iterator[None]:
         raise StoreUnavailable("The database cannot be reached now.", retry_after=2) from error
 
 
+class DatabaseClock:
+    """The database's time, which decides where hosts' clocks differ: as it was when `Database.keep_time` last
+    asked, and what has passed since."""
+
+    def __init__(self) -> None:
+        self._ahead = time.time() - time.monotonic()
+
+    def __call__(self) -> float:
+        return time.monotonic() + self._ahead
+
+    def set(self, now: float) -> None:
+        self._ahead = now - time.monotonic()
+
+
 class Database:
-    """Open it inside the running loop; close it there."""
+    """Open it inside the running loop; close it there.
+
+    clock: the time that leases are counted by. bell: what to listen to for changes.
+    """
 
     def __init__(self, url: str, clock: Clock, synchronous: str = "normal") -> None:
+        self.clock = clock
+        self.bell = Bell()
         self._read = read_engine(url, synchronous)
         self._write = write_engine(url, synchronous)
-        self._writer = Writer(self._write, clock)
+        self._writer = Writer(self._write, clock, self.bell)
+        self._listen = None if is_sqlite(url) else listen_engine(url)
+        self._ears = asyncio.create_task(hear(self._listen, self.bell), name="store-ears") if self._listen else None
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
@@ -57,6 +79,15 @@ class Database:
         raised, or `StoreUnavailable`."""
         return self._writer.submit(unit)
 
+    async def keep_time(self) -> None:
+        """Set the clock by the database's, where it is one that follows it."""
+        if isinstance(self.clock, DatabaseClock):
+            before = time.monotonic()
+            async with self.reading() as connection:
+                told = await connection.exec_driver_sql("SELECT extract(epoch FROM clock_timestamp())::float8")
+                now = float(told.scalar_one())
+            self.clock.set(now + (time.monotonic() - before) / 2)
+
     async def check(self) -> None:
         """Raise `StoreUnavailable` where the database does not answer or nothing writes to it any more."""
         async with self.reading() as connection:
@@ -66,23 +97,10 @@ class Database:
 
     async def close(self) -> None:
         await self._writer.close()
+        if self._ears is not None and self._listen is not None:
+            self._ears.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._ears
+            await self._listen.dispose()
         await self._read.dispose()
         await self._write.dispose()
-
-
-_RENEW_RESPONSES = (
-    update(responses)
-    .where(responses.c.id.in_(bindparam("ids", expanding=True)), responses.c.owner == bindparam("who"))
-    .values(lease_until=bindparam("until"))
-)
-_RENEW_THREADS = (
-    update(threads)
-    .where(threads.c.running.in_(bindparam("ids", expanding=True)))
-    .values(lease_until=bindparam("until"))
-)
-
-
-async def renew_leases(connection: AsyncConnection, owner: str, ids: list[str], until: float) -> None:
-    """Keep the leases of the responses `owner` is running."""
-    await connection.execute(_RENEW_RESPONSES, {"ids": ids, "who": owner, "until": until})
-    await connection.execute(_RENEW_THREADS, {"ids": ids, "until": until})

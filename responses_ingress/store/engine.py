@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import event
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool
 
 _BUSY_TIMEOUT_MS = 10_000
 _READERS = 4
@@ -35,6 +36,11 @@ def read_engine(url: str, synchronous: str = "normal") -> AsyncEngine:
     if is_sqlite(url):
         _on_connect(engine, synchronous)
     return engine
+
+
+def listen_engine(url: str) -> AsyncEngine:
+    """PostgreSQL: the one connection that listens. It stays open for as long as the process."""
+    return create_async_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT", hide_parameters=True)
 
 
 def _options(url: str) -> dict[str, Any]:

@@ -1,22 +1,21 @@
-"""Reading and deleting responses; which of them are unfinished.
+"""Reading responses.
 
 What must stay true: a response is found by its tenant or not at all; one that is not stored
-(`store: false`) is never found. A deleted response is gone at once; the items it added go with it
-unless something else has built on them.
+(`store: false`) is never found, unless it ran in the background and is there for a few minutes more.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import orjson
-from sqlalchemy import Row, bindparam, delete, exists, or_, select, true, update
+from sqlalchemy import bindparam, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from responses_ingress.core.deltas import Item
 from responses_ingress.core.envelope import Envelope, restore
-from responses_ingress.errors import InvalidRequest
 from responses_ingress.store.history import read_payloads
-from responses_ingress.store.tables import branches, items, journal, preambles, responses
+from responses_ingress.store.tables import journal, preambles, responses
+from responses_ingress.store.values import Entry
 from responses_ingress.store.writer import RUNNING
 
 
@@ -33,9 +32,12 @@ class StoredResponse(NamedTuple):
     stop: int | None
     status: str
     model: str
+    backend: str
+    base: str | None
+    request: bytes | None
     envelope: bytes
+    echo: bytes | None
     preamble: bytes | None
-    preamble_digest: bytes | None
     input: bytes | None
     output: bytes | None
     error: bytes | None
@@ -44,36 +46,32 @@ class StoredResponse(NamedTuple):
     previous_response_id: str | None
     background: bool
     store: bool
+    owner: str | None
     epoch: int
+    asked: str | None
+    followed_until: float | None
     created_at: int
     completed_at: int | None
+    expires_at: float | None
 
     @property
     def running(self) -> bool:
         return self.status in RUNNING
 
 
-_RENAMED = {
-    "preamble": preambles.c.payload.label("preamble"),
-    "preamble_digest": responses.c.preamble.label("preamble_digest"),
-}
-_COLUMNS = [_RENAMED[name] if name in _RENAMED else responses.c[name] for name in StoredResponse._fields]
+_COLUMNS = [
+    preambles.c.payload.label(name) if name == "preamble" else responses.c[name] for name in StoredResponse._fields
+]
 _WITH_PREAMBLE = responses.outerjoin(
     preambles, (preambles.c.tenant == responses.c.tenant) & (preambles.c.digest == responses.c.preamble)
 )
-_RESPONSE = (
-    select(*_COLUMNS)
-    .select_from(_WITH_PREAMBLE)
-    .where(
-        responses.c.id == bindparam("response"), responses.c.tenant == bindparam("tenant"), responses.c.store == true()
-    )
+_ROWS = select(*_COLUMNS).select_from(_WITH_PREAMBLE)
+_RESPONSE = _ROWS.where(
+    responses.c.id == bindparam("response"),
+    responses.c.tenant == bindparam("tenant"),
+    or_(responses.c.store, responses.c.background),
 )
-_EXPIRED = (
-    select(*_COLUMNS)
-    .select_from(_WITH_PREAMBLE)
-    .where(responses.c.status.in_(RUNNING), responses.c.lease_until < bindparam("now"))
-    .limit(100)
-)
+_NAMED = _ROWS.where(responses.c.id.in_(bindparam("ids", expanding=True)))
 
 
 async def find_response(connection: AsyncConnection, tenant: str, response_id: str) -> StoredResponse | None:
@@ -83,28 +81,36 @@ async def find_response(connection: AsyncConnection, tenant: str, response_id: s
     return StoredResponse(*row) if row is not None else None
 
 
-async def find_expired(connection: AsyncConnection, now: float) -> list[StoredResponse]:
-    """Unfinished responses whose owner has let the lease run out."""
-    return [StoredResponse(*row) for row in (await connection.execute(_EXPIRED, {"now": now})).all()]
+async def load(connection: AsyncConnection, ids: Sequence[str]) -> list[StoredResponse]:
+    """These responses, whoever's and whether stored or not: for the program itself."""
+    return [StoredResponse(*row) for row in (await connection.execute(_NAMED, {"ids": list(ids)})).all()]
 
 
 def envelope_of(row: StoredResponse) -> Envelope:
-    """The response object without its output."""
+    """The response object without its output, as it is now."""
+    return envelope_at_creation(row) | {
+        **(orjson.loads(row.echo) if row.echo else {}),
+        "status": row.status,
+        "completed_at": row.completed_at,
+        "error": orjson.loads(row.error) if row.error else None,
+        "usage": orjson.loads(row.usage) if row.usage else None,
+        "incomplete_details": {"reason": row.incomplete} if row.incomplete else None,
+    }
+
+
+def envelope_at_creation(row: StoredResponse) -> Envelope:
+    """The response object as it was created: what its journal goes on from."""
     envelope = restore(orjson.loads(row.envelope))
     if row.preamble is not None:
         envelope |= orjson.loads(row.preamble)
     return envelope | {
         "id": row.id,
         "created_at": row.created_at,
-        "status": row.status,
+        "status": "queued" if row.background else "in_progress",
         "model": row.model,
         "background": row.background,
         "store": row.store,
         "previous_response_id": row.previous_response_id,
-        "completed_at": row.completed_at,
-        "error": orjson.loads(row.error) if row.error else None,
-        "usage": orjson.loads(row.usage) if row.usage else None,
-        "incomplete_details": {"reason": row.incomplete} if row.incomplete else None,
     }
 
 
@@ -126,55 +132,14 @@ def _joined(payloads: Sequence[bytes]) -> list[Item]:
     return items
 
 
-_JOURNAL = select(journal.c.payload).where(journal.c.response_id == bindparam("response")).order_by(journal.c.first)
-
-
-async def read_journal(connection: AsyncConnection, response_id: str) -> list[bytes]:
-    return [row[0] for row in (await connection.execute(_JOURNAL, {"response": response_id})).all()]
-
-
-_UNUSED_PREAMBLES = delete(preambles).where(
-    preambles.c.tenant == bindparam("of_tenant"),
-    preambles.c.digest == bindparam("of_digest"),
-    ~exists().where(responses.c.tenant == preambles.c.tenant, responses.c.preamble == preambles.c.digest),
+_JOURNAL = (
+    select(journal.c.first, journal.c.count, journal.c.payload)
+    .where(journal.c.response_id == bindparam("response"), journal.c.first >= bindparam("first"))
+    .order_by(journal.c.first)
 )
 
 
-async def delete_response(connection: AsyncConnection, tenant: str, response_id: str) -> bool:
-    """Delete an ended response, in the caller's transaction. False where there is none.
-
-    Raises `InvalidRequest` while it runs.
-    """
-    row = await find_response(connection, tenant, response_id)
-    if row is None:
-        return False
-    if row.running:
-        raise InvalidRequest("Cannot delete an in-flight response.")
-    if row.branch_id is not None:  # no turn may end here while this is decided
-        await connection.execute(select(branches.c.id).where(branches.c.id == row.branch_id).with_for_update())
-    gone = await connection.execute(delete(responses).where(responses.c.id == row.id).returning(responses.c.id))
-    if gone.first() is None:
-        return False
-    await connection.execute(delete(journal).where(journal.c.response_id == row.id))
-    await connection.execute(_UNUSED_PREAMBLES, {"of_tenant": tenant, "of_digest": row.preamble_digest})
-    if row.branch_id is not None and not await _built_upon(connection, row):
-        await _cut_off(connection, row)
-    return True
-
-
-async def _built_upon(connection: AsyncConnection, row: StoredResponse) -> bool:
-    """Whether anything relies on the items this response added: later items, a fork, a running response."""
-    later_items = exists().where(branches.c.id == row.branch_id, branches.c.head > row.stop)
-    forks = exists().where(branches.c.parent_branch == row.branch_id, branches.c.parent_position > row.own)
-    running = exists().where(
-        responses.c.status.in_(RUNNING),
-        or_(responses.c.thread_id == row.thread_id, responses.c.previous_response_id == row.id),
-    )
-    found: Row[Any] = (await connection.execute(select(or_(later_items, forks, running)))).one()
-    return bool(found[0])
-
-
-async def _cut_off(connection: AsyncConnection, row: StoredResponse) -> None:
-    """Delete the items the response added, which are the last ones of its branch."""
-    await connection.execute(delete(items).where(items.c.branch_id == row.branch_id, items.c.position >= row.own))
-    await connection.execute(update(branches).where(branches.c.id == row.branch_id).values(head=row.own))
+async def read_journal(connection: AsyncConnection, response_id: str, first: int = 0) -> list[Entry]:
+    """What is journaled of a run from an event on, in order. `first` must be where a row begins."""
+    rows = await connection.execute(_JOURNAL, {"response": response_id, "first": first})
+    return [Entry(*row) for row in rows]

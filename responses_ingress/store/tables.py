@@ -6,10 +6,13 @@ as a preamble). Positions are absolute: an item's position counts from the begin
 history, also on a branch that begins in the middle of another.
 """
 
+from typing import Any
+
 from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    ColumnElement,
     Float,
     Index,
     Integer,
@@ -18,7 +21,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
-    text,
+    literal_column,
 )
 
 metadata = MetaData(
@@ -46,6 +49,7 @@ threads = Table(
     Column("updated_at", BigInteger, nullable=False),
     UniqueConstraint("tenant", "key"),
 )
+Index("ix_threads_updated_at", threads.c.updated_at)
 
 branches = Table(
     "branches",
@@ -57,12 +61,15 @@ branches = Table(
     Column("parent_position", Integer, nullable=False),
     Column("head", Integer, nullable=False),  # the position the next item gets
 )
-Index(
-    "ix_branches_parent_branch",
-    branches.c.parent_branch,
-    sqlite_where=branches.c.parent_branch.is_not(None),
-    postgresql_where=branches.c.parent_branch.is_not(None),
-)
+Index("ix_branches_thread_id", branches.c.thread_id)
+
+
+def _partial(name: str, *columns: ColumnElement[Any], where: ColumnElement[bool]) -> None:
+    """An index over the few rows that matter."""
+    Index(name, *columns, sqlite_where=where, postgresql_where=where)
+
+
+_partial("ix_branches_parent_branch", branches.c.parent_branch, where=branches.c.parent_branch.is_not(None))
 
 items = Table(
     "items",
@@ -82,6 +89,7 @@ responses = Table(
     Column("id", Text, primary_key=True),
     Column("tenant", Text, nullable=False),
     Column("thread_id", Text, nullable=False),
+    Column("base", Text),  # the branch it continues, up to `own`; null while it has not begun
     Column("branch_id", Text),  # set when its items are on a branch
     Column("first", Integer, nullable=False),  # position of its first input item,
     Column("own", Integer, nullable=False),  # of the first item it added,
@@ -93,7 +101,9 @@ responses = Table(
     Column("backend", Text, nullable=False),
     Column("background", Boolean, nullable=False),
     Column("store", Boolean, nullable=False),
-    Column("envelope", LargeBinary, nullable=False),
+    Column("request", LargeBinary),  # while another process may have to run it: what was asked, and by whom
+    Column("envelope", LargeBinary, nullable=False),  # as it was created
+    Column("echo", LargeBinary),  # what of that its end changed
     Column("preamble", LargeBinary),
     Column("input", LargeBinary),  # its new input and, at the end, its output, where they are on no branch
     Column("output", LargeBinary),
@@ -101,25 +111,32 @@ responses = Table(
     Column("usage", LargeBinary),
     Column("incomplete", Text),
     Column("owner", Text),
-    Column("lease_until", Float),
+    Column("lease_until", Float),  # from then on it is anybody's: to begin, to go on with, or to close
     Column("epoch", Integer, nullable=False),
+    Column("asked", Text),  # what is asked of its owner: `cancel`, or to make way (`yield`) if nobody follows
+    Column("followed_until", Float),  # who follows it in another process says so; null: nobody ever did
+    Column("retry_key", LargeBinary),  # by what a repeated request is known, and the digest of its body
+    Column("retry_body", LargeBinary),
     Column("created_at", BigInteger, nullable=False),
     Column("completed_at", BigInteger),
+    Column("journal_until", Float),  # how long after its end its journal is kept, and a repeat attaches to it
+    Column("expires_at", Float),  # when it is deleted; null while it runs, and where it is kept for ever
 )
-_with_preamble = responses.c.preamble.is_not(None)
-Index(
+
+# Literals: a planner cannot know that a parameter's value is one that a partial index covers.
+is_running = responses.c.status.in_([literal_column("'queued'"), literal_column("'in_progress'")])
+_partial("ix_responses_running", responses.c.lease_until, where=is_running)
+_partial("ix_responses_base", responses.c.base, where=is_running)
+_partial(
     "ix_responses_preamble",
     responses.c.tenant,
     responses.c.preamble,
-    sqlite_where=_with_preamble,
-    postgresql_where=_with_preamble,
+    where=responses.c.preamble.is_not(None),
 )
-Index(
-    "ix_responses_running",
-    responses.c.lease_until,
-    sqlite_where=text("status IN ('queued', 'in_progress')"),
-    postgresql_where=text("status IN ('queued', 'in_progress')"),
-)
+_partial("ix_responses_branch_id", responses.c.branch_id, responses.c.stop, where=responses.c.branch_id.is_not(None))
+_partial("ix_responses_retry_key", responses.c.retry_key, where=responses.c.retry_key.is_not(None))
+_partial("ix_responses_journal_until", responses.c.journal_until, where=responses.c.journal_until.is_not(None))
+_partial("ix_responses_expires_at", responses.c.expires_at, where=responses.c.expires_at.is_not(None))
 
 preambles = Table(
     "preambles",

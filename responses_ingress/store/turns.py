@@ -1,4 +1,5 @@
-"""The life of a response in the database, as units of work: begin, journal, end, take over.
+"""The life of a response in the database, as units of work: begin, journal, end. What comes before and
+between processes (waiting, claiming, asking) is in store/queue.
 
 What must stay true (laws 2 to 4 of the pump): `begin` decides alone who has the thread; every later
 write carries the lease's epoch and is refused when another worker has taken over; the ending writes the
@@ -6,184 +7,210 @@ status, the items, the branch's head and the release of the thread in one transa
 that completed or is incomplete moves the branch; any other keeps its input and output on its own row.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
 from sqlalchemy import bindparam, delete, null, text, update
 
-from responses_ingress.errors import PlacementOutdated, StaleWriter, ThreadBusy
+from responses_ingress.core.request import Retry
+from responses_ingress.errors import AlreadyBegun, KeyReused, PlacementOutdated, StaleWriter, ThreadBusy
 from responses_ingress.ids import is_named
 from responses_ingress.store.tables import items, journal, responses, threads
-from responses_ingress.store.writer import RUNNING, Batch, Branch, Lease, Thread, Unit, insert_of
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Where a turn belongs.
-
-    branch_id, position: what it continues: the branch (maybe another thread's) up to a position.
-    root:        the id of the branch that a new thread begins with; None where the thread is not new.
-    first:       the position of its first input item; below `position` where the client sent history.
-    new_branch:  the id for a branch, should it need one of its own.
-    exclusive:   the thread is a session, and this needs its one running turn. `seen` is then its active
-                 branch and that branch's head as they were read, or None where it did not exist.
-    """
-
-    tenant: str
-    thread_id: str
-    thread_key: str | None
-    branch_id: str
-    position: int
-    first: int
-    new_branch: str
-    root: str | None = None
-    exclusive: bool = False
-    seen: tuple[str, int] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class NewItem:
-    """An item on its way to a branch."""
-
-    item_id: str
-    type: str
-    digest: bytes
-    payload: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Owner:
-    """Who runs a response, and under which lease."""
-
-    name: str
-    epoch: int
-    lease: float
-
-
-@dataclass(frozen=True, slots=True)
-class NewResponse:
-    """The row of a response that begins."""
-
-    id: str
-    previous_response_id: str | None
-    status: str
-    model: str
-    backend: str
-    background: bool
-    store: bool
-    envelope: bytes
-    preamble: tuple[bytes, bytes] | None
-    input: bytes
-    created_at: int
-    lineage: bytes | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """How a response ended. `input` and `output` are its items, for the branch or for its own row;
-    `journaled` says whether it has left anything in the journal."""
-
-    status: str
-    envelope: bytes
-    input: Sequence[NewItem]
-    output: Sequence[NewItem]
-    error: bytes | None = None
-    usage: bytes | None = None
-    incomplete: str | None = None
-    completed_at: int | None = None
-    memory: bytes | None = None
-    journaled: bool = True
-
-    @property
-    def moves_branch(self) -> bool:
-        return self.status in ("completed", "incomplete")
-
+from responses_ingress.store.values import DEFAULT_KEEP, Ending, Entry, Keep, NewResponse, Owner, Placement
+from responses_ingress.store.writer import RUNNING, Batch, Branch, Lease, Repeat, Thread, Unit, insert_of
 
 _INSERT_THREAD = insert_of(threads)
-_INSERT_RESPONSE = insert_of(
-    responses,
+_NEW = (
     "id",
     "tenant",
     "thread_id",
     "first",
     "own",
+    "base",
     "previous_response_id",
     "status",
     "model",
     "backend",
     "background",
     "store",
+    "request",
     "envelope",
     "preamble",
     "input",
     "owner",
     "lease_until",
     "epoch",
+    "followed_until",
+    "retry_key",
+    "retry_body",
     "created_at",
 )
+_INSERT_RESPONSE = insert_of(responses, *_NEW)
 _INSERT_ITEM = insert_of(items)
-_INSERT_JOURNAL = insert_of(journal)
+# A batch whose commit nobody heard of is written again; the lease's epoch has seen to it that it is the same.
+_INSERT_JOURNAL = text(
+    "INSERT INTO journal (response_id, first, tenant, count, payload)"
+    " VALUES (:response_id, :first, :tenant, :count, :payload) ON CONFLICT DO NOTHING"
+)
 _INSERT_PREAMBLE = text(
     "INSERT INTO preambles (tenant, digest, payload) VALUES (:tenant, :digest, :payload) ON CONFLICT DO NOTHING"
 )
-_DELETE_JOURNAL = delete(journal).where(journal.c.response_id == bindparam("response"))
 _DELETE_RESPONSE = delete(responses).where(responses.c.id == bindparam("response"))
-_TAKE_OVER = (
-    update(responses)
-    .where(responses.c.id == bindparam("response"))
-    .values(owner=bindparam("new_owner"), epoch=bindparam("new_epoch"), lease_until=bindparam("new_lease"))
+DELETE_JOURNAL = delete(journal).where(journal.c.response_id == bindparam("response"))
+_ENDING = (
+    "branch_id",
+    "output_at",
+    "stop",
+    "status",
+    "echo",
+    "input",
+    "output",
+    "error",
+    "usage",
+    "incomplete",
+    "completed_at",
+    "journal_until",
+    "expires_at",
 )
-_ENDING = ("branch_id", "output_at", "stop", "status", "envelope", "input", "output", "error", "usage", "incomplete")
 _END_RESPONSE = (
     update(responses)
     .where(responses.c.id == bindparam("response"))
     .values(
         owner=null(),
         lease_until=null(),
-        completed_at=bindparam("end_completed_at"),
+        request=null(),
+        asked=null(),
         **{column: bindparam(f"end_{column}") for column in _ENDING},
     )
 )
 _REMEMBER = update(threads).where(threads.c.id == bindparam("thread")).values(memory=bindparam("new_memory"))
+_USED = (
+    update(responses)
+    .where(responses.c.id == bindparam("response"), responses.c.expires_at < bindparam("new_expires"))
+    .values(expires_at=bindparam("new_expires"))
+)
+_BEGUN = (
+    update(responses)
+    .where(responses.c.id == bindparam("response"))
+    .values(
+        {
+            name: bindparam(f"begun_{name}")
+            for name in ("thread_id", "first", "own", "base", "status", "input", "owner", "lease_until", "epoch")
+        }
+    )
+)
 
 
-def begin(new: NewResponse, placement: Placement, owner: Owner) -> Unit[None]:
+def begin(new: NewResponse, placement: Placement, owner: Owner, keep: Keep = DEFAULT_KEEP) -> Unit[None]:
     """Write the response's row and, where the turn is exclusive, take the thread.
 
-    Raises `ThreadBusy` while another turn has it, `PlacementOutdated` when it has moved since it was read.
+    Raises `AlreadyBegun` for a request that was begun before, `KeyReused` where that one asked something else,
+    `ThreadBusy` while another turn has the thread, `PlacementOutdated` when it has moved since it was read.
     """
 
     def apply(batch: Batch) -> None:
+        check_repeat(batch, new.retry)
         if new.previous_response_id is not None and new.previous_response_id not in batch.leases:
             raise PlacementOutdated  # deleted since it was read, and maybe its items with it
-        if placement.exclusive:
-            _take_thread(batch, new, placement, owner)
-        elif placement.root is not None:
-            batch.add_branch(Branch(placement.root, placement.thread_id, 0), placement.tenant)
-        if new.preamble is not None:
-            digest, payload = new.preamble
-            batch.add(_INSERT_PREAMBLE, tenant=placement.tenant, digest=digest, payload=payload)
-        _add_response(batch, new, placement, owner)
+        _take_place(batch, new.id, new.created_at, new.lineage, placement, owner)
+        if new.previous_response_id is not None:
+            batch.add(_USED, response=new.previous_response_id, new_expires=batch.now + keep.response)
+        add_response(batch, new, placement, owner)
 
     return Unit(
         apply,
         responses=(new.previous_response_id,) if new.previous_response_id else (),
         threads=(placement.thread_id,) if placement.exclusive else (),
-        branches=placement.seen[:1] if placement.seen else (),
+        branches=_relied_on(placement),
+        repeats=(new.retry.name,) if new.retry is not None and new.retry.attaches else (),
     )
 
 
-def _take_thread(batch: Batch, new: NewResponse, placement: Placement, owner: Owner) -> None:
+def begin_claimed(
+    response_id: str, created_at: int, lineage: bytes | None, placement: Placement, owner: Owner, input: bytes
+) -> Unit[None]:
+    """Let a response that this worker has claimed begin, from the start. Raises as `begin` does, and
+    `StaleWriter` where it is not this worker's any more."""
+
+    def apply(batch: Batch) -> None:
+        check_lease(batch, response_id, owner)
+        _take_place(batch, response_id, created_at, lineage, placement, owner)
+        batch.add(DELETE_JOURNAL, response=response_id)
+        batch.add(
+            _BEGUN,
+            response=response_id,
+            begun_thread_id=placement.thread_id,
+            begun_first=placement.first,
+            begun_own=placement.position,
+            begun_base=placement.branch_id,
+            begun_status="in_progress",
+            begun_input=input,
+            begun_owner=owner.name,
+            begun_lease_until=batch.now + owner.lease,
+            begun_epoch=owner.epoch,
+        )
+        batch.ring(response_id)
+
+    return Unit(
+        apply,
+        responses=(response_id,),
+        threads=(placement.thread_id,) if placement.exclusive else (),
+        branches=_relied_on(placement) or (placement.branch_id,),  # which an earlier beginning may have made
+    )
+
+
+def _relied_on(placement: Placement) -> tuple[str, ...]:
+    """The branches that may have changed since they were read: the session's active one, and the one that a
+    forked thread begins on."""
+    if placement.seen is not None:
+        return placement.seen[:1]
+    return (placement.branch_id,) if placement.exclusive and placement.branch_id != placement.root else ()
+
+
+def check_repeat(batch: Batch, retry: Retry | None) -> None:
+    """Raise `AlreadyBegun` where `retry` means a response that runs, or has just ended well. One that failed is
+    no answer to a request that is made again."""
+    if retry is None or not retry.attaches:
+        return
+    for known in batch.repeats:
+        if known.name != retry.name:
+            continue
+        ended_well = known.status in ("completed", "incomplete")
+        if known.status in RUNNING or (ended_well and (known.journal_until or 0) > batch.now):
+            if retry.body is not None and known.body not in (None, retry.body):
+                raise KeyReused("This Idempotency-Key was used for another request.")
+            raise AlreadyBegun(known.id)
+
+
+def _take_place(
+    batch: Batch, response_id: str, created_at: int, lineage: bytes | None, placement: Placement, owner: Owner
+) -> None:
+    if placement.exclusive:
+        _take_thread(batch, _Taker(response_id, created_at, lineage), placement, owner)
+    elif placement.root is not None and placement.root not in batch.branches:
+        batch.add_branch(Branch(placement.root, placement.thread_id, 0), placement.tenant)
+
+
+@dataclass(frozen=True, slots=True)
+class _Taker:
+    """The response that takes a thread's turn, as far as the thread notes it."""
+
+    id: str
+    created_at: int
+    lineage: bytes | None
+
+
+def _take_thread(batch: Batch, new: _Taker, placement: Placement, owner: Owner) -> None:
     """Give the thread's one running turn to this response."""
     thread = batch.threads.get(placement.thread_id)
     if thread is None:
-        if placement.root is None:
+        if placement.root is None or any(id not in batch.branches for id in _relied_on(placement)):
             raise PlacementOutdated
         _add_thread(batch, new, placement, placement.root, owner)
         return
-    if thread.running is not None and thread.lease_until > batch.now:
+    if thread.running not in (None, new.id) and thread.lease_until > batch.now:
         raise ThreadBusy(thread.running)
     branch = batch.branches.get(thread.active_branch)
     if branch is None or placement.seen != (branch.id, branch.head):
@@ -200,7 +227,7 @@ def _merged(known: bytes | None, told: bytes | None) -> bytes | None:
     return orjson.dumps({**orjson.loads(known), **orjson.loads(told)})
 
 
-def _add_thread(batch: Batch, new: NewResponse, placement: Placement, root: str, owner: Owner) -> None:
+def _add_thread(batch: Batch, new: _Taker, placement: Placement, root: str, owner: Owner) -> None:
     """A thread begins with an empty branch, whatever its first turn continues: should that turn fail, it was
     nothing."""
     lease_until = batch.now + owner.lease
@@ -222,8 +249,15 @@ def _add_thread(batch: Batch, new: NewResponse, placement: Placement, root: str,
     batch.add_branch(Branch(root, thread.id, 0), placement.tenant)
 
 
-def _add_response(batch: Batch, new: NewResponse, placement: Placement, owner: Owner) -> None:
-    batch.leases[new.id] = Lease(owner.epoch, new.status)
+def add_response(batch: Batch, new: NewResponse, placement: Placement, owner: Owner | None) -> None:
+    """Write the row, and what repeats of it. Without an owner it waits for one from now on."""
+    if new.preamble is not None:
+        digest, payload = new.preamble
+        batch.add(_INSERT_PREAMBLE, tenant=placement.tenant, digest=digest, payload=payload)
+    epoch = owner.epoch if owner is not None else 0
+    batch.leases[new.id] = Lease(epoch, new.status, owner.name if owner is not None else None)
+    if new.retry is not None:
+        batch.repeats.insert(0, Repeat(new.id, new.retry.name, new.retry.body, new.status, None))
     batch.add(
         _INSERT_RESPONSE,
         id=new.id,
@@ -231,51 +265,65 @@ def _add_response(batch: Batch, new: NewResponse, placement: Placement, owner: O
         thread_id=placement.thread_id,
         first=placement.first,
         own=placement.position,
+        base=placement.branch_id if owner is not None else None,
         previous_response_id=new.previous_response_id,
         status=new.status,
         model=new.model,
         backend=new.backend,
         background=new.background,
         store=new.store,
+        request=new.request,
         envelope=new.envelope,
         preamble=new.preamble[0] if new.preamble else None,
         input=new.input,
-        owner=owner.name,
-        lease_until=batch.now + owner.lease,
-        epoch=owner.epoch,
+        owner=owner.name if owner is not None else None,
+        lease_until=batch.now + (owner.lease if owner is not None else 0),
+        epoch=epoch,
+        followed_until=batch.now if new.followed else None,
+        retry_key=new.retry.name if new.retry is not None else None,
+        retry_body=new.retry.body if new.retry is not None else None,
         created_at=new.created_at,
     )
 
 
-def append_journal(response_id: str, owner: Owner, tenant: str, entry: tuple[int, int, bytes]) -> Unit[None]:
-    """Write a batch of a run's deltas. `entry`: the number of the first event they make, how many
-    events they make, the deltas."""
-    first, count, payload = entry
+def append_journal(response_id: str, owner: Owner, tenant: str, entry: Entry) -> Unit[None]:
+    """Write a batch of a run's deltas."""
 
     def apply(batch: Batch) -> None:
-        _check_lease(batch, response_id, owner)
-        batch.add(_INSERT_JOURNAL, response_id=response_id, first=first, tenant=tenant, count=count, payload=payload)
+        check_lease(batch, response_id, owner)
+        _add_entry(batch, response_id, tenant, entry)
+        batch.ring(response_id)
 
     return Unit(apply, responses=(response_id,), patient=True)
 
 
-def end(response_id: str, owner: Owner, placement: Placement, ending: Ending, store: bool = True) -> Unit[None]:
-    """Write everything the end of a response changes, and drop its journal."""
+def _add_entry(batch: Batch, response_id: str, tenant: str, entry: Entry) -> None:
+    first, events, payload = entry
+    batch.add(_INSERT_JOURNAL, response_id=response_id, first=first, tenant=tenant, count=events, payload=payload)
+
+
+def end(response_id: str, owner: Owner, placement: Placement, ending: Ending) -> Unit[None]:
+    """Write everything the end of a response changes."""
+    applied: list[bool] = []
 
     def apply(batch: Batch) -> None:
-        _check_lease(batch, response_id, owner)
+        lease = batch.leases.get(response_id)
+        if applied and lease is not None and (lease.epoch, lease.status) == (owner.epoch, ending.status):
+            return  # it was committed, and the connection lost before anybody heard of it
+        applied.append(True)
+        check_lease(batch, response_id, owner)
         branch_id = _append_items(batch, placement, ending) if ending.moves_branch else None
         batch.leases[response_id].status = ending.status
         if placement.exclusive:
             _release_thread(batch, response_id, placement, branch_id)
         if ending.memory is not None and placement.exclusive:
             batch.add(_REMEMBER, thread=placement.thread_id, new_memory=ending.memory)
-        if ending.journaled:
-            batch.add(_DELETE_JOURNAL, response=response_id)
-        if store:
-            batch.add(_END_RESPONSE, **_end_row(response_id, placement, ending, branch_id))
+        if ending.store or ending.lingers:
+            write_end(batch, response_id, placement, ending, branch_id)
         else:
+            batch.add(DELETE_JOURNAL, response=response_id)
             batch.add(_DELETE_RESPONSE, response=response_id)
+        batch.ring(response_id)
 
     return Unit(
         apply,
@@ -286,26 +334,26 @@ def end(response_id: str, owner: Owner, placement: Placement, ending: Ending, st
     )
 
 
-def take_over(response_id: str, epoch: int, owner: Owner) -> Unit[None]:
-    """Make a response whose lease has run out this worker's. Raises `StaleWriter` when another was first."""
+def use(response_id: str, keep: Keep) -> Unit[None]:
+    """Somebody has read the response: it is kept for longer."""
 
     def apply(batch: Batch) -> None:
-        lease = batch.leases.get(response_id)
-        if lease is None or lease.epoch != epoch or lease.status not in RUNNING:
-            raise StaleWriter("This response has ended, or is another worker's.")
-        lease.epoch = owner.epoch
-        batch.add(
-            _TAKE_OVER,
-            response=response_id,
-            new_owner=owner.name,
-            new_epoch=owner.epoch,
-            new_lease=batch.now + owner.lease,
-        )
+        batch.add(_USED, response=response_id, new_expires=batch.now + keep.response)
 
-    return Unit(apply, responses=(response_id,))
+    return Unit(apply)
 
 
-def _check_lease(batch: Batch, response_id: str, owner: Owner) -> None:
+def write_end(
+    batch: Batch, response_id: str, placement: Placement, ending: Ending, branch_id: str | None = None
+) -> None:
+    """Write the row of a response that has ended, and the end of its journal."""
+    if ending.journal is not None:
+        _add_entry(batch, response_id, placement.tenant, ending.journal)
+    batch.add(_END_RESPONSE, response=response_id, **_end_row(placement, ending, branch_id, batch.now))
+
+
+def check_lease(batch: Batch, response_id: str, owner: Owner) -> None:
+    """Raise `StaleWriter` where the response is not the owner's to write any more."""
     lease = batch.leases.get(response_id)
     if lease is None or lease.epoch != owner.epoch or lease.status not in RUNNING:
         raise StaleWriter("Another worker has taken over this response.")
@@ -355,7 +403,7 @@ def _release_thread(batch: Batch, response_id: str, placement: Placement, branch
     batch.set_thread(thread)
 
 
-def _end_row(response_id: str, placement: Placement, ending: Ending, branch_id: str | None) -> dict[str, Any]:
+def _end_row(placement: Placement, ending: Ending, branch_id: str | None, now: float) -> dict[str, Any]:
     output_at = placement.position + len(ending.input)
     on_branch = branch_id is not None
     row = {
@@ -363,15 +411,17 @@ def _end_row(response_id: str, placement: Placement, ending: Ending, branch_id: 
         "output_at": output_at if on_branch else None,
         "stop": output_at + len(ending.output) if on_branch else None,
         "status": ending.status,
-        "envelope": ending.envelope,
+        "echo": ending.echo,
         "input": None if on_branch else join(item.payload for item in ending.input),
         "output": None if on_branch else join(item.payload for item in ending.output),
         "error": ending.error,
         "usage": ending.usage,
         "incomplete": ending.incomplete,
         "completed_at": ending.completed_at,
+        "journal_until": now + ending.keep.journal if ending.lingers else None,
+        "expires_at": now + (ending.keep.response if ending.store else ending.keep.journal),
     }
-    return {"response": response_id, **{f"end_{column}": value for column, value in row.items()}}
+    return {f"end_{column}": value for column, value in row.items()}
 
 
 def join(payloads: Iterable[bytes]) -> bytes:

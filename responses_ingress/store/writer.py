@@ -16,9 +16,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
-from sqlalchemy import ClauseElement, Executable, Insert, Row, Table, bindparam, insert, select, update
+from sqlalchemy import ClauseElement, Executable, Insert, Row, Table, bindparam, func, insert, select, text, update
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, NotSupportedError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -26,7 +26,8 @@ from sqlalchemy.sql.compiler import SQLCompiler
 
 from responses_ingress.errors import IngressError, StoreUnavailable
 from responses_ingress.ids import Clock
-from responses_ingress.store.tables import branches, responses, threads
+from responses_ingress.store.tables import branches, is_running, responses, threads
+from responses_ingress.store.wake import CHANNEL, Bell, payloads
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -35,13 +36,18 @@ FAULTS = (IntegrityError, DataError, ProgrammingError, NotSupportedError, ValueE
 """What is wrong with what was to be written."""
 
 OUTAGES = (DBAPIError, PoolTimeout, OSError)
-"""Any other failure: a database that cannot be reached, or cannot write for now."""
+"""Any other failure: a database that cannot be reached, or cannot write for now. Where the driver tells an
+SQLSTATE, that decides (`_is_fault`): under PostgreSQL SQLAlchemy gives most errors the one class."""
+
+_FAULTY_STATES = ("22", "23", "42", "0A")  # data, integrity, syntax or access, not supported
+_CONTENTION = ("40001", "40P01")  # serialization failure, deadlock: the transaction may simply be tried again
 
 RUNNING = ("queued", "in_progress")
 
 _MOST_UNITS = 200
 _RETRY_DELAY = 0.5
-_MOST_TRIES = 120  # a minute of a database that is down
+_PATIENCE = 60.0
+"""Seconds that work under way waits for a database that is down."""
 
 
 @dataclass(slots=True)
@@ -50,6 +56,18 @@ class Lease:
 
     epoch: int
     status: str
+    owner: str | None = None
+    followed_until: float | None = None
+
+
+class Repeat(NamedTuple):
+    """A response that a repeated request may mean."""
+
+    id: str
+    name: bytes
+    body: bytes | None
+    status: str
+    journal_until: float | None
 
 
 @dataclass(slots=True)
@@ -79,12 +97,19 @@ class Batch:
         self.leases: dict[str, Lease] = {}
         self.threads: dict[str, Thread] = {}
         self.branches: dict[str, Branch] = {}
+        self.repeats: list[Repeat] = []  # the newest first
+        self.queued = 0  # how many responses wait in the queue
+        self.topics: dict[str, None] = {}  # what to ring for, in order
         self.rows: defaultdict[Executable, list[dict[str, Any]]] = defaultdict(list)
 
     def add(self, statement: Executable, **row: Any) -> None:
         """Write `row` with `statement`, a module constant. Rows of one statement go out together, in the
         order they were added: inserts first, then updates, then deletes."""
         self.rows[statement].append(row)
+
+    def ring(self, topic: str) -> None:
+        """Wake who waits for `topic`, when this is committed."""
+        self.topics[topic] = None
 
     def add_branch(self, branch: Branch, tenant: str, parent: str | None = None) -> None:
         self.add(
@@ -139,24 +164,29 @@ _SET_THREAD = (
 class Unit(Generic[T]):
     """A unit of work: what it must know of, and what it does. `apply` decides first and adds rows last.
 
-    patient: while the database cannot be reached it waits (work under way), instead of failing (a request).
+    repeats:      names of repeated requests, see `Batch.repeats`.
+    counts_queue: it must know how long the queue is.
+    patient:      while the database cannot be reached it waits (work under way), instead of failing (a request).
     """
 
     apply: Callable[[Batch], T]
     responses: Sequence[str] = ()
     threads: Sequence[str] = ()
     branches: Sequence[str] = ()
+    repeats: Sequence[bytes] = ()
+    counts_queue: bool = False
     patient: bool = False
 
 
 class _Pending(Generic[T]):
     """A unit on its way, and who waits for it."""
 
-    __slots__ = ("done", "tries", "unit")
+    __slots__ = ("done", "since", "tried", "unit")
 
     def __init__(self, unit: Unit[T], loop: asyncio.AbstractEventLoop) -> None:
         self.unit = unit
-        self.tries = 0
+        self.tried = False
+        self.since: float | None = None  # when the database first could not be reached
         self.done: asyncio.Future[T] = loop.create_future()
 
     def fail(self, error: Exception) -> None:
@@ -175,18 +205,35 @@ def _query(table: Table, *columns: str) -> Executable:
     return select(*chosen).where(wanted).order_by(table.c.id).with_for_update()
 
 
-_LEASES = _query(responses, "id", "epoch", "status")
+_LEASES = _query(responses, "id", "epoch", "status", "owner", "followed_until")
 _THREADS = _query(threads, "id", "tenant", "active_branch", "running", "lease_until", "lineage")
 _BRANCHES = _query(branches, "id", "thread_id", "head")
+_REPEATS = (
+    select(
+        responses.c.id,
+        responses.c.retry_key.label("name"),
+        responses.c.retry_body.label("body"),
+        responses.c.status,
+        responses.c.journal_until,
+    )
+    .where(responses.c.retry_key.in_(bindparam("ids", expanding=True)))
+    .order_by(responses.c.created_at.desc(), responses.c.id.desc())
+)
+_QUEUED = select(func.count()).select_from(responses).where(is_running, responses.c.status == "queued")
+_LOCK_NAME = text("SELECT pg_advisory_xact_lock(:name)")
+_NOTIFY = text("SELECT pg_notify(:channel, :payload)")
 
 
 class Writer:
     """The writer of one process. `submit` from the loop it runs in; `close` when all is submitted."""
 
-    def __init__(self, engine: AsyncEngine, clock: Clock) -> None:
+    def __init__(self, engine: AsyncEngine, clock: Clock, bell: Bell) -> None:
         self._loop = asyncio.get_running_loop()
         self._engine = engine
         self._clock = clock
+        self._bell = bell
+        self._many = engine.dialect.name == "postgresql"
+        """Whether others write at the same time: SQLite lets one in at a time."""
         self._pending: list[_Pending[Any]] = []
         self._wake = asyncio.Event()
         self._closing = False
@@ -225,10 +272,11 @@ class Writer:
     async def _commit(self, pending: Sequence[_Pending[Any]]) -> None:
         try:
             results = await self._transact(pending)
-        except FAULTS as error:
-            await self._commit_singly(pending, error)
-        except OUTAGES as error:
-            await self._put_off(pending, error)
+        except (*FAULTS, *OUTAGES) as error:
+            if _is_fault(error):
+                await self._commit_singly(pending, error)
+            else:
+                await self._put_off(pending, error)
         else:
             for one, result in zip(pending, results, strict=True):
                 one.fail(result) if isinstance(result, Exception) else one.succeed(result)
@@ -239,25 +287,30 @@ class Writer:
         if len(pending) > 1:
             for one in pending:
                 await self._commit([one])
-        elif pending[0].tries:
+        elif pending[0].tried:
             logger.error("a unit of work cannot be written: %s", kind(error))
             pending[0].fail(StoreUnavailable("The database refused to store this.", retry_after=2))
         else:
-            pending[0].tries += 1
+            pending[0].tried = True
             await self._commit(pending)
 
     async def _put_off(self, pending: Sequence[_Pending[Any]], error: Exception) -> None:
-        """The database cannot be reached: requests fail, work under way waits for it, up to a limit."""
-        logger.error("the database failed a batch of %d: %s", len(pending), kind(error))
+        """The database cannot be reached: requests fail, work under way waits for it, up to a limit. Where
+        two workers were only in each other's way, everything is tried again."""
+        contended = sqlstate(error) in _CONTENTION
+        if not contended:
+            logger.error("the database failed a batch of %d: %s", len(pending), kind(error))
+        now = self._loop.time()
         waiting = []
         for one in pending:
-            one.tries += 1
-            if one.unit.patient and one.tries <= _MOST_TRIES:
+            one.since = one.since or now
+            if (one.unit.patient or contended) and now - one.since < _PATIENCE:
                 waiting.append(one)
             else:
                 one.fail(StoreUnavailable("The database cannot be written to now.", retry_after=2))
         self._pending[:0] = waiting
-        await asyncio.sleep(_RETRY_DELAY)
+        if not contended:
+            await asyncio.sleep(_RETRY_DELAY)
 
     async def _transact(self, pending: Sequence[_Pending[Any]]) -> list[Any]:
         """One transaction; each unit's result, or the error it refused with."""
@@ -267,6 +320,10 @@ class Writer:
             for statement in sorted(batch.rows, key=_rank):
                 sql, pick = self._compiled(statement)
                 await connection.exec_driver_sql(sql, [pick(row) for row in batch.rows[statement]])
+            if self._many:
+                for payload in payloads(batch.topics):
+                    await connection.execute(_NOTIFY, {"channel": CHANNEL, "payload": payload})
+        self._bell.ring(batch.topics)
         return results
 
     def _compiled(self, statement: Executable) -> tuple[str, Callable[[dict[str, Any]], Any]]:
@@ -284,18 +341,35 @@ class Writer:
 
     async def _read_facts(self, connection: AsyncConnection, units: Sequence[Unit[Any]]) -> Batch:
         batch = Batch(self._clock())
+        names = sorted({name for unit in units for name in unit.repeats})
+        for name in names if self._many else ():  # two workers given the same request: the second sees the first
+            await connection.execute(_LOCK_NAME, {"name": int.from_bytes(name[:8], signed=True)})
         for row in await _fetch(connection, _LEASES, (id for unit in units for id in unit.responses)):
-            batch.leases[row.id] = Lease(row.epoch, row.status)
+            batch.leases[row.id] = Lease(row.epoch, row.status, row.owner, row.followed_until)
         for row in await _fetch(connection, _THREADS, (id for unit in units for id in unit.threads)):
             batch.threads[row.id] = Thread(**row._mapping)
         for row in await _fetch(connection, _BRANCHES, (id for unit in units for id in unit.branches)):
             batch.branches[row.id] = Branch(row.id, row.thread_id, row.head)
+        batch.repeats = [Repeat(**row._mapping) for row in await _fetch(connection, _REPEATS, names)]
+        if any(unit.counts_queue for unit in units):
+            batch.queued = (await connection.execute(_QUEUED)).scalar_one()
         return batch
 
 
 def kind(error: Exception) -> str:
     """The driver's error by name: its text may hold what was to be written."""
     return type(getattr(error, "orig", None) or error).__name__
+
+
+def sqlstate(error: Exception) -> str:
+    """PostgreSQL's five characters, or "" where the driver tells none."""
+    return getattr(getattr(error, "orig", None), "sqlstate", None) or ""
+
+
+def _is_fault(error: Exception) -> bool:
+    """Whether what was to be written is at fault, and not the state of the database."""
+    state = sqlstate(error)
+    return state[:2] in _FAULTY_STATES if state else isinstance(error, FAULTS)
 
 
 def _rank(statement: Executable) -> int:
@@ -312,7 +386,7 @@ def _apply(unit: Unit[Any], batch: Batch) -> Any:
         return error
 
 
-async def _fetch(connection: AsyncConnection, query: Executable, ids: Iterable[str]) -> Sequence[Row[Any]]:
+async def _fetch(connection: AsyncConnection, query: Executable, ids: Iterable[str | bytes]) -> Sequence[Row[Any]]:
     wanted = list(dict.fromkeys(ids))
     if not wanted:
         return ()

@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from responses_ingress.core.request import Caller
+from responses_ingress.core.request import Caller, Retry, digest16
 from responses_ingress.errors import InvalidValue, Unauthorized
 
 # First that is present. `session-id` is shared by a root agent and its sub-agents, `thread-id` is the
@@ -70,11 +70,13 @@ def _bearer(headers: Mapping[str, str]) -> str | None:
     return token.strip() or None if scheme.lower() == "bearer" else None
 
 
-def read_caller(headers: Mapping[str, str], tenant: str, bearer: str | None) -> Caller:
-    """What the headers tell of the thread. Raises `InvalidValue` for a thread name that cannot be one."""
+def read_caller(headers: Mapping[str, str], tenant: str, bearer: str | None, body: bytes = b"") -> Caller:
+    """What the headers tell of the thread and of retries; `body` is the request's own. Raises `InvalidValue` for
+    a thread name or an idempotency key that cannot be one."""
     key = _thread_key(headers)
+    retry = _retry(headers, tenant, key or "", body)
     if key is None:
-        return Caller(tenant=tenant, bearer=bearer)
+        return Caller(tenant=tenant, bearer=bearer, retry=retry)
     metadata = _turn_metadata(headers)
     lineage = {name: metadata[name] for name in _LINEAGE if isinstance(metadata.get(name), str | int)}
     parent = headers.get("x-codex-parent-thread-id")
@@ -83,7 +85,7 @@ def read_caller(headers: Mapping[str, str], tenant: str, bearer: str | None) -> 
     window = headers.get("x-codex-window-id")
     if window:
         lineage.setdefault("window_id", window)
-    forked_from = metadata.get("forked_from_thread_id")
+    forked_from, turn_id = metadata.get("forked_from_thread_id"), metadata.get("turn_id")
     return Caller(
         tenant=tenant,
         thread_key=key,
@@ -91,7 +93,22 @@ def read_caller(headers: Mapping[str, str], tenant: str, bearer: str | None) -> 
         lineage=lineage,
         forked_from=forked_from if isinstance(forked_from, str) and _is_name(forked_from) else None,
         bearer=bearer,
+        turn_id=turn_id if isinstance(turn_id, str) and turn_id else None,
+        retry=retry,
     )
+
+
+def _retry(headers: Mapping[str, str], tenant: str, thread: str, body: bytes) -> Retry | None:
+    """The SDKs send no key, but count their tries: what comes with a count is known by its whole body."""
+    key, count = headers.get("idempotency-key"), headers.get("x-stainless-retry-count", "")
+    if key:
+        if not _is_name(key):
+            raise InvalidValue(f"The header 'idempotency-key' takes at most {_MOST_KEY} printable characters.")
+        return Retry(digest16(b"key", tenant.encode(), key.encode()), digest16(body), attaches=True)
+    if not (count.isdecimal() and body):
+        return None
+    name = digest16(b"body", tenant.encode(), thread.encode(), body)
+    return Retry(name, attaches=len(count) > 1 or count > "0")
 
 
 def _thread_key(headers: Mapping[str, str]) -> str | None:

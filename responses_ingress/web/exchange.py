@@ -110,8 +110,8 @@ async def _refuse_if_possible(exchange: Exchange, error: IngressError) -> None:
         await exchange.refuse(error)
 
 
-async def read_json(exchange: Exchange, limit: int) -> Any:
-    """The parsed body, of at most `limit` bytes as sent and unpacked."""
+async def read_json(exchange: Exchange, limit: int) -> tuple[Any, bytes]:
+    """The parsed body, of at most `limit` bytes as sent and unpacked, and its bytes."""
     body = await _read_body(exchange, limit)
     encoding = exchange.headers.get("content-encoding", "identity").strip().lower()
     if encoding != "identity":
@@ -123,7 +123,7 @@ async def read_json(exchange: Exchange, limit: int) -> Any:
     except orjson.JSONDecodeError as error:
         raise InvalidRequest(f"The request body is not valid JSON: {_position(error)}.") from None
     _check_depth(parsed)
-    return parsed
+    return parsed, body
 
 
 def _position(error: orjson.JSONDecodeError) -> str:

@@ -13,6 +13,7 @@ from responses_ingress.dialects.sse import frame
 from responses_ingress.errors import Cancelled
 from responses_ingress.runs.feed import Follower
 from responses_ingress.runs.run import Run
+from responses_ingress.runs.tail import Tail
 from responses_ingress.web.callers import is_codex
 from responses_ingress.web.exchange import Exchange
 
@@ -38,13 +39,13 @@ class StreamOptions:
 
 
 @contextmanager
-def following(exchange: Exchange, run: Run) -> Iterator[Follower]:
-    """Follow `run` until the block ends or the client leaves.
+def following(exchange: Exchange, run: Run | Tail, first: int = 0) -> Iterator[Follower]:
+    """Follow `run` from an event on, until the block ends or the client leaves.
 
     Only a task can watch for a client's leaving. A turn that is over before `_WATCH_AFTER` does without.
     """
     watches: list[asyncio.Task[None]] = []
-    with run.feed.follow() as follower:
+    with run.follow(first) as follower:
         timer = asyncio.get_running_loop().call_later(
             _WATCH_AFTER, lambda: watches.append(asyncio.create_task(_leave_with(exchange, follower)))
         )
@@ -61,7 +62,7 @@ async def _leave_with(exchange: Exchange, follower: Follower) -> None:
     follower.leave()
 
 
-async def reply_json(exchange: Exchange, run: Run) -> None:
+async def reply_json(exchange: Exchange, run: Run | Tail) -> None:
     """The whole response when it has ended. A failed one is an HTTP error; one cancelled is a response."""
     with following(exchange, run) as follower:
         await follower.end()
@@ -73,12 +74,14 @@ async def reply_json(exchange: Exchange, run: Run) -> None:
     await exchange.reply(run.response())
 
 
-async def reply_stream(exchange: Exchange, run: Run, options: StreamOptions) -> None:
-    """The run's events as they come. What the backend refuses at once is an HTTP error."""
-    with following(exchange, run) as follower:
+async def reply_stream(exchange: Exchange, run: Run | Tail, options: StreamOptions, first: int = 0) -> None:
+    """The run's events from the number `first` on, as they come. What the backend refuses at once is an HTTP
+    error."""
+    with following(exchange, run, first) as follower:
         await asyncio.wait((run.accepted,), timeout=options.accept_wait)
-        if run.accepted.done() and run.error is not None and not run.was_accepted:
-            raise run.error
+        refused = run.refusal()
+        if refused is not None:
+            raise refused
         await exchange.start(200, _STREAM_HEADERS)
         await _stream(exchange, follower, options)
 
@@ -97,6 +100,10 @@ async def _stream(exchange: Exchange, follower: Follower, options: StreamOptions
             else:
                 continue
             last = loop.time()
+    lost = follower.lost
+    if lost is not None and lost.type == "response.failed":
+        # The client has seen events that a crash took away; the end that followed has a number below theirs.
+        await exchange.write(frame(lost.type, lost.data))
     if not follower.left:
         await exchange.write(b"data: [DONE]\n\n" if options.done else b"", more=False)
 

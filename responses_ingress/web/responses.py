@@ -13,11 +13,13 @@ from responses_ingress.core.envelope import Envelope
 from responses_ingress.core.items import listed
 from responses_ingress.core.replay import fold
 from responses_ingress.core.request import parse_request
-from responses_ingress.errors import InvalidValue, NotFound, UnsupportedParameter
+from responses_ingress.errors import InvalidValue, NotFound
+from responses_ingress.runs.run import Run
 from responses_ingress.runs.runner import Runner
 from responses_ingress.store.database import Database
 from responses_ingress.store.responses import (
     StoredResponse,
+    envelope_at_creation,
     envelope_of,
     find_response,
     read_input,
@@ -33,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 THREAD_HEADER = b"x-responses-ingress-thread"
 _DEFAULT_PAGE, _MOST_PAGE = 20, 100
+_MOST_DIGITS = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,27 +61,40 @@ class Responses:
 
     async def create(self, exchange: Exchange) -> None:
         tenant, bearer = self.keyring.tenant(exchange.headers)
-        body = await read_json(exchange, self.limits.max_body)
+        body, raw = await read_json(exchange, self.limits.max_body)
         limits = self.limits
-        request = parse_request(
-            body, max_items=limits.max_items, strict=limits.strict, extra=limits.extra, background=False
-        )
-        caller = read_caller(exchange.headers, tenant, bearer)
+        request = parse_request(body, max_items=limits.max_items, strict=limits.strict, extra=limits.extra)
+        caller = read_caller(exchange.headers, tenant, bearer, raw)
         run = await self.runner.create(request, caller, exchange.disconnected)
         if request.unknown:
             logger.info("%s: ignored fields %s", run.id, ", ".join(repr(name[:40]) for name in request.unknown[:10]))
         exchange.extra_headers.append((THREAD_HEADER, run.thread_id.encode()))
         if request.stream:
             await reply_stream(exchange, run, self.stream)
+        elif request.background:
+            await exchange.reply(run.response() if isinstance(run, Run) else await self._read(run.row))
         else:
             await reply_json(exchange, run)
 
     async def retrieve(self, exchange: Exchange) -> None:
+        query = exchange.query()
+        after = _after(query)
         row = await self._find(exchange)
-        if exchange.query().get("stream", ["false"])[-1].lower() in ("true", "1"):
-            raise UnsupportedParameter(
-                "Unsupported parameter: 'stream'. This server cannot stream a response again yet.", param="stream"
-            )
+        if query.get("stream", ["false"])[-1].lower() in ("true", "1"):
+            run = await self.runner.follow(row, after)
+            await reply_stream(exchange, run, self.stream, 0 if after is None else after + 1)
+        else:
+            response = await self._read(row)
+            if response["output"] or not row.running:
+                await self.runner.seen(row)
+            await exchange.reply(response)
+
+    async def cancel(self, exchange: Exchange) -> None:
+        tenant, _ = self.keyring.tenant(exchange.headers)
+        response_id = exchange.path_params["response_id"]
+        row = await self.runner.cancel(tenant, response_id)
+        if row is None:
+            raise _not_found(response_id)
         await exchange.reply(await self._read(row))
 
     async def delete(self, exchange: Exchange) -> None:
@@ -109,17 +125,28 @@ class Responses:
         if run is not None and run.status in RUNNING:  # its ending counts when it is committed
             return run.response()
         async with self.database.reading() as connection:
-            batches = await read_journal(connection, row.id) if row.running else []
-            if row.running and not batches:  # its end, which drops the journal, may have come in between
+            entries = await read_journal(connection, row.id) if row.running else []
+            if row.running and not entries:  # its end may have come in between
                 row = await find_response(connection, row.tenant, row.id) or row
             if row.running:
-                return fold(envelope_of(row), batches, silent=True).response()
+                journal = [entry.payload for entry in entries]
+                return fold(envelope_at_creation(row), journal, silent=True).response()
             output = [] if row.status == "cancelled" else await read_output(connection, row)
         return envelope_of(row) | {"output": output}
 
 
 def _not_found(response_id: str) -> NotFound:
     return NotFound(f"Response with id '{response_id[:100]}' not found.")
+
+
+def _after(query: Mapping[str, list[str]]) -> int | None:
+    """`starting_after`: the number of the last event that was seen."""
+    given = query.get("starting_after", [""])[-1]
+    if not given:
+        return None
+    if not given.isdecimal() or len(given) > _MOST_DIGITS:
+        raise InvalidValue("Invalid 'starting_after': expected a number of an event.", param="starting_after")
+    return int(given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +158,7 @@ class _PageQuery:
 
 def _page_query(query: Mapping[str, list[str]]) -> _PageQuery:
     limit = query.get("limit", [str(_DEFAULT_PAGE)])[-1]
-    if not limit.isdecimal() or len(limit) > 9 or not 1 <= int(limit) <= _MOST_PAGE:
+    if not limit.isdecimal() or len(limit) > _MOST_DIGITS or not 1 <= int(limit) <= _MOST_PAGE:
         raise InvalidValue(f"Invalid 'limit': expected an integer from 1 to {_MOST_PAGE}.", param="limit")
     order = query.get("order", ["desc"])[-1]
     if order not in ("asc", "desc"):

@@ -58,6 +58,7 @@ _ROUTES: tuple[tuple[str, str, Callable[[Web], Handler]], ...] = (
     ("POST", "/v1/responses", lambda web: web.responses.create),
     ("GET", "/v1/responses/{response_id}", lambda web: web.responses.retrieve),
     ("DELETE", "/v1/responses/{response_id}", lambda web: web.responses.delete),
+    ("POST", "/v1/responses/{response_id}/cancel", lambda web: web.responses.cancel),
     ("GET", "/v1/responses/{response_id}/input_items", lambda web: web.responses.input_items),
     ("GET", "/v1/models", lambda web: web.models.list),
     ("GET", "/v1/models/{model:path}", lambda web: web.models.retrieve),

@@ -10,7 +10,8 @@ from responses_ingress.core.items import digest, text_of
 from responses_ingress.core.request import Caller, Request, parse_request
 from responses_ingress.runs.resolve import Resolved, resolve
 from responses_ingress.store.history import read_payloads
-from responses_ingress.store.turns import Ending, NewItem, Placement, begin, end
+from responses_ingress.store.turns import begin, end
+from responses_ingress.store.values import Ending, NewItem, Placement
 from tests.store.desk import Desk
 
 Json = dict[str, Any]
@@ -70,10 +71,9 @@ class Play:
     async def end(
         self, id: str, resolved: Resolved, *answer: Json | str, status: str = "completed", **facts: Any
     ) -> None:
-        store = facts.pop("store", True)
         made = [self.made(assistant(item) if isinstance(item, str) else item) for item in answer]
-        ending = Ending(status, b"{}", resolved.stored, made if resolved.is_turn else [], **facts)
-        await self.desk.database.submit(end(id, self.desk.owner, self.place(resolved), ending, store))
+        ending = Ending(status, resolved.stored, made if resolved.is_turn else [], lingers=False, **facts)
+        await self.desk.database.submit(end(id, self.desk.owner, self.place(resolved), ending))
 
     async def turn(self, body: Json, *answer: Json | str, status: str = "completed", **facts: Any) -> str:
         """A whole turn; the fields of `Caller` are given as `caller_...`."""

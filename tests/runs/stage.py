@@ -24,6 +24,8 @@ from responses_ingress.runs.feed import Follower
 from responses_ingress.runs.metrics import Metrics
 from responses_ingress.runs.run import Run
 from responses_ingress.runs.runner import Limits, Runner
+from responses_ingress.runs.tail import Tail
+from responses_ingress.runs.upkeep import Retention, Upkeep
 from responses_ingress.store.database import Database
 from responses_ingress.testing import ManualClock, ScriptedBackend, Step
 
@@ -71,11 +73,18 @@ class Stage:
     backend: ScriptedBackend
     metrics: Metrics
     runner: Runner
+    upkeep: Upkeep
 
-    async def create(self, text: str = "hi", caller: Caller | None = None, **fields: Any) -> Run:
-        """Begin a response to `text`."""
+    async def ask(self, text: str = "hi", caller: Caller | None = None, **fields: Any) -> Run | Tail:
+        """Ask for a response to `text`, which may be one that is there already."""
         body = {"model": "scripted-model", "input": text, "stream": True, **fields}
         return await self.runner.create(parse_request(body), caller or Caller())
+
+    async def create(self, text: str = "hi", caller: Caller | None = None, **fields: Any) -> Run:
+        """Begin a response to `text`, in this process."""
+        run = await self.ask(text, caller, **fields)
+        assert isinstance(run, Run)
+        return run
 
     async def play(self, *steps: Step, caller: Caller | None = None, **fields: Any) -> Run:
         """Begin a response whose turn plays `steps`."""
@@ -110,20 +119,22 @@ async def staged(
     clock: ManualClock | None = None,
     seed: int = 1,
     routes: Callable[[ScriptedBackend], Sequence[Route]] | None = None,
-    grace: float = 0,
+    backend: ScriptedBackend | None = None,
 ) -> AsyncIterator[Stage]:
-    """A process on the database at `url`. Two at a time need different seeds; `grace` is for its close."""
+    """A process on the database at `url`. Two at a time need different seeds."""
     clock = clock or ManualClock()
     ids = Ids(clock, Random(seed).randbytes)
-    backend = ScriptedBackend()
+    backend = backend or ScriptedBackend()
     database = Watched(url, clock)
     metrics = Metrics()
     found = routes(backend) if routes else [Route("*", backend)]
     runner = Runner(database, found, limits or Limits(), metrics, ids)
+    upkeep = Upkeep(database, runner, Retention())
     try:
-        yield Stage(url, clock, ids, database, backend, metrics, runner)
+        yield Stage(url, clock, ids, database, backend, metrics, runner, upkeep)
     finally:
-        await runner.close(grace)
+        await runner.close(0)
+        await upkeep.close()
         await database.close()
 
 

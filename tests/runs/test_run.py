@@ -14,7 +14,7 @@ from responses_ingress.runs.run import Run
 from responses_ingress.runs.runner import Limits
 from responses_ingress.store.database import Database
 from responses_ingress.store.responses import envelope_of, find_response
-from responses_ingress.store.turns import Owner, take_over
+from responses_ingress.store.tables import metadata
 from responses_ingress.testing import MESSAGE, ManualClock, Step, ended, opened, spoken
 from tests.invariants import TERMINAL, check_stream
 from tests.runs.stage import (
@@ -416,7 +416,7 @@ async def taken_over(stage: Stage, run: Run) -> AsyncIterator[Json]:
     """Another worker has the run; gives the row as it left it."""
     other = Database(stage.url, ManualClock())
     try:
-        await other.submit(take_over(run.id, 1, Owner("another", 2, 30)))
+        await other.submit(take_over(run.id))
         yield stage.row(run.id)
     finally:
         await other.close()

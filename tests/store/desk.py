@@ -15,9 +15,11 @@ from responses_ingress.core.items import digest
 from responses_ingress.ids import Ids, named_thread, partition_of
 from responses_ingress.store.database import Database
 from responses_ingress.store.history import ThreadHead, find_thread, read_payloads
-from responses_ingress.store.responses import StoredResponse, delete_response, find_response
+from responses_ingress.store.responses import StoredResponse, find_response
+from responses_ingress.store.retention import delete_response
 from responses_ingress.store.tables import metadata
-from responses_ingress.store.turns import Ending, NewItem, NewResponse, Owner, Placement, append_journal, begin, end
+from responses_ingress.store.turns import append_journal, begin, end
+from responses_ingress.store.values import Ending, Entry, NewItem, NewResponse, Owner, Placement
 from responses_ingress.store.writer import Unit
 
 NOW = 1_760_000_000.0
@@ -92,7 +94,7 @@ class Desk:
         return new.id
 
     async def journal(self, response_id: str, first: int, count: int = 1, owner: Owner | None = None) -> None:
-        entry = (first, count, b'["deltas"]')
+        entry = Entry(first, count, b'["deltas"]')
         await self.database.submit(append_journal(response_id, owner or self.owner, "", entry))
 
     def ending(
@@ -100,13 +102,11 @@ class Desk:
     ) -> Unit[None]:
         ending = Ending(
             status="completed",
-            envelope=b'{"model":"m"}',
             input=self.items(*input),
             output=[self.item(text, "assistant") for text in output],
         )
         owner = facts.pop("owner", self.owner)
-        store = facts.pop("store", True)
-        return end(response_id, owner, placement, replace(ending, **facts), store)
+        return end(response_id, owner, placement, replace(ending, lingers=False, **facts))
 
     async def end(
         self, response_id: str, placement: Placement, input: Sequence[str], output: Sequence[str], **facts: Any

@@ -19,7 +19,8 @@ from responses_ingress.store.responses import (
     read_journal,
     read_output,
 )
-from responses_ingress.store.turns import Ending, append_journal, end
+from responses_ingress.store.turns import append_journal, end
+from responses_ingress.store.values import Ending
 from tests.store.desk import LEASE, NOW, Desk
 
 

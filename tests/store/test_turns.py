@@ -15,7 +15,8 @@ from responses_ingress.store.database import renew_leases
 from responses_ingress.store.history import read_payloads
 from responses_ingress.store.responses import find_expired, read_input, read_journal, read_output
 from responses_ingress.store.tables import threads
-from responses_ingress.store.turns import Ending, Owner, Placement, append_journal, begin, end, take_over
+from responses_ingress.store.turns import append_journal, begin, end, take_over
+from responses_ingress.store.values import Ending, Owner, Placement
 from tests.store.desk import LEASE, NOW, Desk
 
 

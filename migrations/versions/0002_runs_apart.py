@@ -1,0 +1,56 @@
+"""Runs apart from connections: queueing, asking the owner, following elsewhere, retries, retention.
+
+Revision ID: 0002
+"""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0002"
+down_revision = "0001"
+branch_labels = None
+depends_on = None
+
+_COLUMNS = (
+    ("base", sa.Text),
+    ("request", sa.LargeBinary),
+    ("echo", sa.LargeBinary),
+    ("asked", sa.Text),
+    ("followed_until", sa.Float),
+    ("retry_key", sa.LargeBinary),
+    ("retry_body", sa.LargeBinary),
+    ("journal_until", sa.Float),
+    ("expires_at", sa.Float),
+)
+_INDEXES = (
+    ("ix_responses_base", ["base"], "status IN ('queued', 'in_progress')"),
+    ("ix_responses_branch_id", ["branch_id", "stop"], "branch_id IS NOT NULL"),
+    ("ix_responses_retry_key", ["retry_key"], "retry_key IS NOT NULL"),
+    ("ix_responses_journal_until", ["journal_until"], "journal_until IS NOT NULL"),
+    ("ix_responses_expires_at", ["expires_at"], "expires_at IS NOT NULL"),
+)
+_MONTH = 30 * 24 * 3600
+
+
+def upgrade() -> None:
+    for name, type in _COLUMNS:
+        op.add_column("responses", sa.Column(name, type()))
+    # What is there already is kept as long as what comes now: 30 days by default, from its creation.
+    op.execute(f"UPDATE responses SET expires_at = created_at + {_MONTH} WHERE status NOT IN ('queued', 'in_progress')")
+    for name, columns, where in _INDEXES:
+        op.create_index(name, "responses", columns, sqlite_where=sa.text(where), postgresql_where=sa.text(where))
+    op.create_index("ix_branches_thread_id", "branches", ["thread_id"])
+    op.create_index("ix_threads_updated_at", "threads", ["updated_at"])
+
+
+def downgrade() -> None:
+    op.drop_index("ix_threads_updated_at", "threads")
+    op.drop_index("ix_branches_thread_id", "branches")
+    for name, _, _ in _INDEXES:
+        op.drop_index(name, "responses")
+    # Before this revision no response waited for a process, and an envelope held what its end had changed.
+    op.execute("DELETE FROM journal WHERE response_id IN (SELECT id FROM responses WHERE journal_until IS NOT NULL)")
+    op.execute("DELETE FROM responses WHERE base IS NULL AND status = 'queued'")
+    op.execute("DELETE FROM responses WHERE NOT store AND status NOT IN ('queued', 'in_progress')")
+    for name, _ in _COLUMNS:
+        op.drop_column("responses", name)

@@ -1,0 +1,329 @@
+"""Making runs: of a new request, of a response that waited in the queue, of one that another process began.
+
+What must stay true: a turn of a session has its thread before its backend is called; what is wrong with a
+request is raised before anything is written; a response that was claimed is run, put back or ended, whatever
+is wrong with it. Nothing here waits for anything but the database.
+"""
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from hashlib import blake2b
+from typing import Any
+
+import orjson
+
+from responses_ingress.backends.base import Backend, Route, find_route
+from responses_ingress.core.builder import Builder
+from responses_ingress.core.deltas import Finish, Status
+from responses_ingress.core.deltas import encode as encode_deltas
+from responses_ingress.core.envelope import Envelope, open_envelope, reduce, split_repeated
+from responses_ingress.core.replay import fold
+from responses_ingress.core.request import Caller, Request, parse_request
+from responses_ingress.core.turn import Turn
+from responses_ingress.errors import (
+    Cancelled,
+    IngressError,
+    InternalError,
+    PlacementOutdated,
+    ResponseRunning,
+    ServerRestarted,
+    StaleWriter,
+    StoreUnavailable,
+)
+from responses_ingress.ids import Ids, named_thread, partition_of
+from responses_ingress.runs.resolve import Resolved, resolve, thread_of
+from responses_ingress.runs.run import Kit, Record, Run, Work, new_item
+from responses_ingress.store.database import Database
+from responses_ingress.store.queue import enqueue, nowhere, put_back
+from responses_ingress.store.responses import StoredResponse, envelope_at_creation, read_journal
+from responses_ingress.store.turns import begin, begin_claimed, end
+from responses_ingress.store.values import Ending, Entry, NewItem, NewResponse, Owner, Placement
+
+logger = logging.getLogger(__name__)
+
+_MOST_ATTEMPTS = 5
+"""How often a response may be begun: one that takes its process down with it must not take them all."""
+
+_ANY = 10**9
+_DELAY = 1.0
+"""Seconds until a response that could not begin is looked at again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Maker:
+    """What it takes to make runs. `owner` is this process, and how long its leases are."""
+
+    database: Database
+    routes: Sequence[Route]
+    ids: Ids
+    kit: Kit
+    owner: Owner
+
+    async def make(self, request: Request, caller: Caller) -> Run:
+        """Begin a response. Raises `AlreadyBegun`, `ResponseRunning`, `PlacementOutdated`, and what is wrong with
+        the request."""
+        backend, model = find_route(self.routes, request.model)
+        thread_id = None
+        if request.background:
+            request, thread_id = self._named(request, caller)
+        resolved = await resolve(self.database, self.ids, request, caller, thread_id)
+        envelope = self._envelope(request, resolved.thread_id)
+        turn = _turn(request, caller, resolved, envelope["id"], model)
+        deltas = backend.stream(turn)  # refuses here what it cannot ask for, so that nothing is left behind
+        record = await self._begin(request, caller, resolved, envelope, backend)
+        return Run(turn, _work(backend, turn, deltas), envelope, record, self.kit)
+
+    async def queue(self, request: Request, caller: Caller, most: int) -> str:
+        """Let a response wait for a worker; its id. Raises `QueueFull` where `most` wait already."""
+        backend, _ = find_route(self.routes, request.model)
+        request, fresh = self._named(request, caller)
+        thread_id = await thread_of(self.database, request, caller, fresh)
+        envelope = self._envelope(request, thread_id)
+        given = [new_item(item) for item in request.input]
+        new = _new_response(request, caller, envelope, backend, Resolved(thread_id, None, (), (), given))
+        placement = Placement(caller.tenant, thread_id, None, "", 0, 0, "")
+        await self.database.submit(enqueue(replace(new, retry=caller.retry), placement, most))
+        return new.id
+
+    async def take_up(self, row: StoredResponse) -> Run | None:
+        """Run a response that was claimed from the queue. None where it was put back, or has ended instead."""
+        owner = replace(self.owner, epoch=row.epoch)
+        try:
+            return await self._take_up(row, owner)
+        except (ResponseRunning, PlacementOutdated):
+            await self.database.submit(put_back(row, owner, _DELAY))
+        except (StaleWriter, StoreUnavailable) as error:
+            logger.info("response %s is left to its lease: %s", row.id, error.message)
+        except IngressError as error:
+            await self.close(row, error)
+        except Exception as error:  # one row that cannot be read must not keep the others waiting
+            logger.exception("response %s cannot be taken up", row.id)
+            await self.close(row, InternalError(f"The server failed to run this request ({type(error).__name__})."))
+        return None
+
+    async def _take_up(self, row: StoredResponse, owner: Owner) -> Run:
+        if row.asked == "cancel":
+            raise Cancelled("The response was cancelled.")
+        if row.epoch > _MOST_ATTEMPTS:
+            raise ServerRestarted("The server was restarted each time that it began to produce this response.")
+        request, caller = _unpack(row)
+        backend, model = find_route(self.routes, request.model)
+        resolved = await resolve(self.database, self.ids, request, caller, row.thread_id)
+        assert resolved.placement is not None, "what waits in the queue has a row"
+        turn = _turn(request, caller, resolved, row.id, model)
+        deltas = backend.stream(turn)
+        lineage = orjson.dumps(caller.lineage) if caller.lineage else None
+        input = _array(resolved.stored)
+        begun = self.database.submit(begin_claimed(row.id, row.created_at, lineage, resolved.placement, owner, input))
+        await begun
+        record = Record(
+            self.database, resolved.placement, owner, row.store, resolved.stored, resolved.is_turn, begun, lingers=True
+        )
+        return Run(turn, _work(backend, turn, deltas), envelope_at_creation(row), record, self.kit)
+
+    async def recover(self, row: StoredResponse) -> Run | None:
+        """Law 7, for a response that was begun by another process and is this one's now: go on with it where its
+        backend remembers, begin it again where nobody has seen what it said, else end it."""
+        async with self.database.reading() as connection:
+            entries = await read_journal(connection, row.id)
+        builder = fold(envelope_at_creation(row), (entry.payload for entry in entries), silent=True)
+        if row.asked == "cancel":
+            await self._recover_cancelled(row, builder)
+            return None
+        if row.request is not None and builder.memory is not None and not builder.output:
+            run = await self._go_on(row, builder, entries)
+            if run is not None:
+                return run
+        unseen = row.followed_until is None or not builder.output
+        if row.background and row.request is not None and unseen:
+            return await self.take_up(row)
+        await self.close(row, ServerRestarted("The server was restarted while it was producing this response."))
+        logger.warning("response %s was left behind by another process and is closed as failed", row.id)
+        return None
+
+    async def _go_on(self, row: StoredResponse, builder: Builder, entries: Sequence[Entry]) -> Run | None:
+        """Let the backend go on from what it remembers. None where it cannot."""
+        request, caller = _unpack(row)
+        backend, model = find_route(self.routes, request.model)
+        if not backend.resumable:
+            return None
+        begun = asyncio.get_running_loop().create_future()
+        begun.set_result(None)
+        placement, input = _place(row, caller, self.ids), _items(row)
+        new = [orjson.loads(item.payload) for item in input]
+        turn = _turn(request, caller, Resolved(row.thread_id, placement, (), new), row.id, model)
+        turn = replace(turn, resume=builder.memory)
+        owner = replace(self.owner, epoch=row.epoch)
+        record = Record(self.database, placement, owner, row.store, input, caller.kind == "turn", begun, lingers=True)
+        work = replace(_work(backend, turn, backend.stream(turn)), journal=entries)
+        return Run(turn, work, envelope_at_creation(row), record, self.kit)
+
+    async def _recover_cancelled(self, row: StoredResponse, builder: Builder) -> None:
+        if builder.memory is not None and row.request is not None:
+            request, caller = _unpack(row)
+            backend, _ = find_route(self.routes, request.model)
+            try:
+                await backend.cancel(builder.memory, caller.bearer)
+            except IngressError as error:
+                logger.warning("the cancel of %s did not reach its upstream: %s", row.id, error.message)
+        await self.close(row, Cancelled("The response was cancelled."))
+
+    async def close(self, row: StoredResponse, error: IngressError) -> None:
+        """End a response of another process with all that it had said. `row` is this process's."""
+        async with self.database.reading() as connection:
+            entries = await read_journal(connection, row.id)
+        ending = closed(row, entries, error, int(self.ids.clock()))
+        owner = replace(self.owner, epoch=row.epoch)
+        await self.database.submit(end(row.id, owner, nowhere(row), replace(ending, keep=self.kit.keep)))
+
+    def _named(self, request: Request, caller: Caller) -> tuple[Request, str]:
+        """The request with an id for every item, so that these stay when it is run by another process, and the
+        thread it makes should it make one."""
+        fresh = self.ids.make("thread", self.ids.partition())
+        if caller.thread_key is not None:
+            partition = partition_of(named_thread(caller.tenant, caller.thread_key))
+        else:
+            partition = partition_of(request.previous_response_id or fresh) or partition_of(fresh)
+        given = [
+            item if isinstance(item.get("id"), str) else {**item, "id": self.ids.item(item["type"], partition)}
+            for item in request.input
+        ]
+        return replace(request, input=given), fresh
+
+    def _envelope(self, request: Request, thread_id: str) -> Envelope:
+        id = self.ids.make("resp", partition_of(thread_id))
+        return open_envelope(request, id, int(self.ids.clock()))
+
+    async def _begin(
+        self, request: Request, caller: Caller, resolved: Resolved, envelope: Envelope, backend: Backend
+    ) -> Record | None:
+        """Write the response's row. A turn that must not begin twice, or not yet, waits here until it is written."""
+        placement, retry = resolved.placement, resolved.retry
+        if placement is None:
+            return None
+        new = _new_response(request, caller, envelope, backend, resolved)
+        self.kit.at("begin.before")
+        begun = self.database.submit(begin(new, placement, self.owner, self.kit.keep))
+        repeats = retry is not None and retry.attaches
+        if placement.exclusive or request.previous_response_id is not None or repeats or request.background:
+            await begun
+        return Record(
+            self.database,
+            placement,
+            self.owner,
+            request.store,
+            resolved.stored,
+            resolved.is_turn,
+            begun,
+            lingers=retry is not None or request.background,
+        )
+
+
+def closed(row: StoredResponse, entries: Sequence[Entry], error: IngressError, now: int) -> Ending:
+    """How a response ends that its process did not end: folded, with the last row of its journal."""
+    status: Status = "cancelled" if isinstance(error, Cancelled) else "failed"
+    detail = None if status == "cancelled" else error.detail()
+    builder = fold(envelope_at_creation(row), (entry.payload for entry in entries), silent=True)
+    first = sum(entry.events for entry in entries)
+    finish = Finish(status, error=detail, at=now)
+    builder.feed(finish)
+    return Ending(
+        status=status,
+        input=_items(row),
+        output=[new_item(item) for item in builder.output],
+        error=orjson.dumps(detail) if detail is not None else None,
+        journal=Entry(first, builder.number - first, encode_deltas([finish])),
+        store=row.store,
+    )
+
+
+def _items(row: StoredResponse) -> list[NewItem]:
+    return [new_item(item) for item in orjson.loads(row.input or b"[]")]
+
+
+def _array(items: Sequence[NewItem]) -> bytes:
+    return b"[" + b",".join(item.payload for item in items) + b"]"
+
+
+def _place(row: StoredResponse, caller: Caller, ids: Ids) -> Placement:
+    """Where a response goes on that has begun: its row tells."""
+    base = row.base or ""
+    return Placement(
+        row.tenant,
+        row.thread_id,
+        caller.thread_key,
+        base,
+        row.own,
+        row.first,
+        ids.branch(partition_of(row.thread_id)),
+        exclusive=caller.thread_key is not None and caller.kind == "turn",
+    )
+
+
+def _work(backend: Backend, turn: Turn, deltas: Any) -> Work:
+    if not backend.resumable:
+        return Work(deltas, backend.name, goes_on=backend.goes_on)
+
+    async def cancel(state: Mapping[str, Any]) -> None:
+        await backend.cancel(state, turn.bearer)
+
+    return Work(deltas, backend.name, cancel, resumable=True, goes_on=backend.goes_on)
+
+
+def _turn(request: Request, caller: Caller, resolved: Resolved, response_id: str, model: str) -> Turn:
+    return Turn(
+        response_id=response_id,
+        thread_id=resolved.thread_id,
+        model=model,
+        instructions=request.instructions,
+        context=resolved.context,
+        new=resolved.new,
+        tools=request.tools,
+        tool_choice=request.body.get("tool_choice") or "auto",
+        parameters=request.body,
+        stream=request.stream or request.background,
+        memory=orjson.loads(resolved.memory) if resolved.memory else None,
+        bearer=caller.bearer,
+    )
+
+
+def _new_response(
+    request: Request, caller: Caller, envelope: Envelope, backend: Backend, resolved: Resolved
+) -> NewResponse:
+    rest, repeated = split_repeated(reduce(envelope))
+    preamble = None
+    if repeated and request.store:
+        payload = orjson.dumps(repeated)
+        preamble = (blake2b(payload, digest_size=16).digest(), payload)
+    elif repeated and request.background:
+        rest |= repeated
+    return NewResponse(
+        id=envelope["id"],
+        previous_response_id=request.previous_response_id,
+        status="queued" if resolved.placement is None else "in_progress",
+        model=request.model,
+        backend=backend.name,
+        background=request.background,
+        store=request.store,
+        envelope=orjson.dumps(rest),
+        preamble=preamble,
+        input=_array(resolved.stored),
+        created_at=envelope["created_at"],
+        lineage=orjson.dumps(caller.lineage) if caller.lineage else None,
+        request=_pack(request, caller) if request.background or backend.resumable else None,
+        retry=resolved.retry,
+        followed=request.background and request.stream,
+    )
+
+
+def _pack(request: Request, caller: Caller) -> bytes:
+    """What another process needs to make the same run. The client's own credential is no part of it."""
+    told = asdict(replace(caller, bearer=None, retry=None))
+    return orjson.dumps({"body": {**request.body, "input": request.input}, "caller": told})
+
+
+def _unpack(row: StoredResponse) -> tuple[Request, Caller]:
+    packed = orjson.loads(row.request or b"{}")
+    return parse_request(packed["body"], max_items=_ANY), Caller(**packed["caller"])

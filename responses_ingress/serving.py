@@ -1,0 +1,123 @@
+"""Running the server: one process, or several that share a listening socket and are watched.
+
+What must stay true: the first SIGTERM or SIGINT lets running turns end or hands them over, and the exit code is
+then 0; a second one ends everything at once, and what that leaves behind is found by its leases; a worker that
+dies is replaced; one that cannot start stops all. It must not know what is served.
+"""
+
+import asyncio
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Generator, Mapping
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+logger = logging.getLogger(__name__)
+
+CANNOT_START = 3
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_AT_ONCE = 128
+_PAUSE = 0.5  # seconds before a worker that died is replaced
+
+
+class Server(uvicorn.Server):
+    """Ends what runs as soon as it is told to stop: uvicorn alone would cut open streams off at its time
+    limit, and only then let the application know."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        stopping = asyncio.ensure_future(self.config.loaded_app.stop())
+        await super().shutdown(sockets)
+        await stopping
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """As uvicorn's own, but without sending the signal again when all has ended well."""
+        before = {number: signal.signal(number, self.handle_exit) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            os._exit(_AT_ONCE + sig)
+        self.should_exit = True
+
+
+def run(config: uvicorn.Config) -> int:
+    """Serve in this process until it is told to stop; the exit code."""
+    server = Server(config)
+    server.run()
+    return 0 if server.started else CANNOT_START
+
+
+def run_workers(
+    count: int, listener: socket.socket, make_config: Callable[[], uvicorn.Config], environment: Mapping[str, str]
+) -> int:
+    """Serve in `count` processes until this one is told to stop; the exit code. `make_config` must be a function
+    that can be imported; it is called in each worker, which sees `environment` too."""
+    fleet = _Fleet(listener, make_config, environment)
+    for number in _SIGNALS:
+        signal.signal(number, fleet.stop)
+    fleet.start(count)
+    return fleet.watch()
+
+
+class _Fleet:
+    """The workers of one server."""
+
+    def __init__(self, listener: socket.socket, make_config: Any, environment: Mapping[str, str]) -> None:
+        self._given = (listener, make_config, dict(environment))
+        self._workers: list[SpawnProcess] = []
+        self._stopping = False
+        self._code = 0
+
+    def start(self, count: int) -> None:
+        for _ in range(count):
+            worker = multiprocessing.get_context("spawn").Process(target=_work, args=self._given)
+            worker.start()
+            self._workers.append(worker)
+
+    def stop(self, number: int, _frame: FrameType | None) -> None:
+        if self._stopping:
+            for worker in self._workers:
+                worker.kill()
+            os._exit(_AT_ONCE + number)
+        self._end()
+
+    def _end(self) -> None:
+        self._stopping = True
+        for worker in self._workers:
+            worker.terminate()
+
+    def watch(self) -> int:
+        """Replace workers that die, until all have ended because they were told to."""
+        while self._workers:
+            wait([worker.sentinel for worker in self._workers], timeout=_PAUSE)
+            dead = [worker for worker in self._workers if not worker.is_alive()]
+            self._workers = [worker for worker in self._workers if worker not in dead]
+            if any(worker.exitcode == CANNOT_START for worker in dead) and not self._stopping:
+                self._code = CANNOT_START
+                self._end()
+            if dead and not self._stopping:
+                logger.error("%d of the workers died and are replaced", len(dead))
+                self.start(len(dead))
+        return self._code
+
+
+def _work(listener: socket.socket, make_config: Callable[[], uvicorn.Config], environment: Mapping[str, str]) -> None:
+    """A worker's whole life."""
+    os.environ.update(environment)
+    server = Server(make_config())
+    server.run(sockets=[listener])
+    sys.exit(0 if server.started else CANNOT_START)

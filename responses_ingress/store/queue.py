@@ -1,0 +1,239 @@
+"""Responses between processes: waiting in the queue, claimed, taken over, put back, and what one process asks
+of the one that runs a response.
+
+What must stay true: an unfinished response is its owner's until `lease_until`, and then anybody's; whoever
+claims one raises its epoch, so that of two only one can write; the database's clock decides; what is asked of
+an owner stands in the row, so that it outlives the one who asked and the one who was asked.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from sqlalchemy import Executable, and_, bindparam, exists, null, or_, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from responses_ingress.errors import NotHandedOver, QueueFull
+from responses_ingress.store.responses import StoredResponse, load
+from responses_ingress.store.tables import is_running, responses, threads
+from responses_ingress.store.turns import DELETE_JOURNAL, add_response, check_lease, check_repeat, write_end
+from responses_ingress.store.values import Ending, NewResponse, Owner, Placement
+from responses_ingress.store.wake import ASKED, QUEUE
+from responses_ingress.store.writer import RUNNING, Batch, Unit
+
+_PATIENCE = 5  # seconds a client is told to wait for a place in the queue
+_MOST = 100
+
+
+def enqueue(new: NewResponse, placement: Placement, most: int) -> Unit[None]:
+    """Write the row of a response that waits for a worker. Raises `QueueFull` where `most` wait already, and
+    as `begin` does for a request that was made before."""
+
+    def apply(batch: Batch) -> None:
+        check_repeat(batch, new.retry)
+        if batch.queued >= most:
+            raise QueueFull("Too many responses wait to be run. Try again later.", retry_after=_PATIENCE)
+        batch.queued += 1
+        add_response(batch, new, placement, None)
+        batch.ring(QUEUE)
+
+    repeats = (new.retry.name,) if new.retry is not None and new.retry.attaches else ()
+    return Unit(apply, repeats=repeats, counts_queue=True)
+
+
+_is_due = and_(is_running, responses.c.lease_until <= bindparam("now"))
+_parents = responses.alias("parents")
+_ready = and_(
+    responses.c.status == "queued",
+    ~exists().where(_parents.c.id == responses.c.previous_response_id, _parents.c.status.in_(RUNNING)),
+    ~exists().where(
+        threads.c.id == responses.c.thread_id,
+        threads.c.running.is_not(None),
+        threads.c.running != responses.c.id,
+        threads.c.lease_until > bindparam("now"),
+    ),
+)
+_DUE = (
+    select(responses.c.id)
+    .where(_is_due, or_(responses.c.status == "in_progress", _ready))
+    .order_by(responses.c.lease_until)
+    .limit(1)
+)
+
+
+def _claim(which: Any) -> Executable:
+    """Make the responses that have waited longest this worker's, past those another is claiming just now."""
+    chosen = (
+        select(responses.c.id)
+        .where(_is_due, which)
+        .order_by(responses.c.lease_until, responses.c.id)
+        .limit(bindparam("most"))
+        .with_for_update(skip_locked=True, of=responses)
+        .cte("chosen")
+    )
+    return (
+        update(responses)
+        .where(responses.c.id.in_(select(chosen.c.id)))
+        .values(owner=bindparam("who"), epoch=responses.c.epoch + 1, lease_until=bindparam("until"))
+        .returning(responses.c.id)
+    )
+
+
+_CLAIM_QUEUED = _claim(_ready)
+_CLAIM_LEFT = _claim(responses.c.status == "in_progress")
+
+
+async def is_any_due(connection: AsyncConnection, now: float) -> bool:
+    """Whether a response waits for a worker, or has lost the one it had."""
+    return (await connection.execute(_DUE, {"now": now})).first() is not None
+
+
+async def claim_queued(connection: AsyncConnection, owner: Owner, now: float, most: int) -> list[StoredResponse]:
+    """Up to `most` responses that wait to be run and can run now, as this worker's."""
+    return await _claimed(connection, _CLAIM_QUEUED, owner, now, min(most, _MOST))
+
+
+async def claim_left_behind(connection: AsyncConnection, owner: Owner, now: float) -> list[StoredResponse]:
+    """Responses that had begun, and whose owner has let the lease run out, as this worker's."""
+    return await _claimed(connection, _CLAIM_LEFT, owner, now, _MOST)
+
+
+async def _claimed(
+    connection: AsyncConnection, statement: Executable, owner: Owner, now: float, most: int
+) -> list[StoredResponse]:
+    values = {"now": now, "most": most, "who": owner.name, "until": now + owner.lease}
+    ids = [row.id for row in await connection.execute(statement, values)]
+    return await load(connection, ids) if ids else []
+
+
+_PUT_BACK = (
+    update(responses)
+    .where(responses.c.id == bindparam("response"))
+    .values(owner=null(), status=bindparam("new_status"), lease_until=bindparam("not_before"))
+)
+_FREE_THREAD = (
+    update(threads)
+    .where(threads.c.running == bindparam("response"), threads.c.id == bindparam("thread"))
+    .values(running=null(), lease_until=0.0)
+)
+
+
+def put_back(row: StoredResponse, owner: Owner, delay: float) -> Unit[None]:
+    """Give back a claimed response that cannot begin yet, and let nobody claim it for `delay` seconds."""
+
+    def apply(batch: Batch) -> None:
+        check_lease(batch, row.id, owner)
+        batch.add(_PUT_BACK, response=row.id, new_status="queued", not_before=batch.now + delay)
+
+    return Unit(apply, responses=(row.id,), patient=True)
+
+
+def hand_over(response_id: str, owner: Owner, thread_id: str, *, resumable: bool, said: bool) -> Unit[None]:
+    """Give up a running response for another worker: to go on with, where its backend remembers (`resumable`),
+    else to begin again. Raises `NotHandedOver` where that is not possible, because somebody may have seen what
+    it said."""
+
+    def apply(batch: Batch) -> None:
+        check_lease(batch, response_id, owner)
+        if not resumable:
+            if said and batch.leases[response_id].followed_until is not None:
+                raise NotHandedOver("What this response has said may have been seen.")
+            batch.add(DELETE_JOURNAL, response=response_id)
+            batch.add(_FREE_THREAD, response=response_id, thread=thread_id)
+        status = "in_progress" if resumable else "queued"
+        batch.add(_PUT_BACK, response=response_id, new_status=status, not_before=batch.now)
+        batch.ring(QUEUE)
+
+    return Unit(apply, responses=(response_id,), patient=True)
+
+
+_ASK = update(responses).where(responses.c.id == bindparam("response")).values(asked=bindparam("what"))
+
+
+def ask_to_yield(response_id: str) -> Unit[None]:
+    """Ask the owner of a running response to end it, if nobody follows it."""
+
+    def apply(batch: Batch) -> None:
+        lease = batch.leases.get(response_id)
+        if lease is not None and lease.status in RUNNING and lease.owner is not None:
+            batch.add(_ASK, response=response_id, what="yield")
+            batch.ring(ASKED)
+
+    return Unit(apply, responses=(response_id,))
+
+
+def cancel(row: StoredResponse, cancelled: Ending) -> Unit[None]:
+    """Cancel a response that waits to be run, or ask its owner to. Does nothing where it has ended."""
+
+    def apply(batch: Batch) -> None:
+        lease = batch.leases.get(row.id)
+        if lease is None or lease.status not in RUNNING:
+            return
+        if lease.owner is None and lease.status == "queued":
+            lease.status = cancelled.status
+            write_end(batch, row.id, nowhere(row), cancelled)
+            batch.ring(row.id)
+        else:
+            batch.add(_ASK, response=row.id, what="cancel")
+            batch.ring(ASKED)
+
+    return Unit(apply, responses=(row.id,))
+
+
+def nowhere(row: StoredResponse) -> Placement:
+    """The place of a response whose end goes onto no branch; it has the thread's turn, if it has begun."""
+    return Placement(row.tenant, row.thread_id, None, "", row.own, row.first, "", exclusive=True)
+
+
+_ASKED = select(responses.c.id, responses.c.asked).where(
+    is_running, responses.c.owner == bindparam("who"), responses.c.asked.is_not(None)
+)
+
+
+async def asked_of(connection: AsyncConnection, owner: str) -> list[tuple[str, Literal["cancel", "yield"]]]:
+    """What others ask of the responses that `owner` runs."""
+    return [(row.id, row.asked) for row in await connection.execute(_ASKED, {"who": owner})]
+
+
+_SIGN = (
+    update(responses)
+    .where(responses.c.id == bindparam("response"), responses.c.status.in_(RUNNING))
+    .values(followed_until=bindparam("until"))
+)
+
+
+def sign(response_id: str, seconds: float) -> Unit[None]:
+    """Say in its row that somebody follows a response, and will for so long."""
+
+    def apply(batch: Batch) -> None:
+        batch.add(_SIGN, response=response_id, until=batch.now + seconds)
+
+    return Unit(apply)
+
+
+_FOLLOWED = select(responses.c.followed_until).where(responses.c.id == bindparam("response"))
+
+
+async def followed_until(connection: AsyncConnection, response_id: str) -> float:
+    """Until when somebody in another process follows the response; 0 where nobody ever did."""
+    return (await connection.execute(_FOLLOWED, {"response": response_id})).scalar() or 0.0
+
+
+_RENEW_RESPONSES = (
+    update(responses)
+    .where(responses.c.id.in_(bindparam("ids", expanding=True)), responses.c.owner == bindparam("who"))
+    .values(lease_until=bindparam("until"))
+)
+_RENEW_THREADS = (
+    update(threads)
+    .where(
+        threads.c.id.in_(bindparam("threads", expanding=True)), threads.c.running.in_(bindparam("ids", expanding=True))
+    )
+    .values(lease_until=bindparam("until"))
+)
+
+
+async def renew_leases(connection: AsyncConnection, owner: str, running: Mapping[str, str], until: float) -> None:
+    """Keep the leases of what `owner` is running: response -> its thread."""
+    ids = list(running)
+    await connection.execute(_RENEW_RESPONSES, {"ids": ids, "who": owner, "until": until})
+    await connection.execute(_RENEW_THREADS, {"ids": ids, "threads": list(set(running.values())), "until": until})

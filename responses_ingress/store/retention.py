@@ -1,0 +1,176 @@
+"""What is deleted, and when: responses that nobody used for long, or beyond a number; journals whose cursors
+are past; threads that are idle; and the items that nothing needs any more.
+
+What must stay true: a branch's items stay as long as a response, a fork, a running turn or a thread needs
+them, so that descendants of what is deleted keep their history; each call is one small transaction of its
+caller's, and several workers may call at once: what one has locked the others pass by.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sqlalchemy import Row, bindparam, delete, exists, func, or_, select, tuple_, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from responses_ingress.errors import InvalidRequest
+from responses_ingress.store.responses import find_response
+from responses_ingress.store.tables import branches, is_running, items, journal, preambles, responses, threads
+
+MOST = 100
+"""Rows that one call deletes at most."""
+
+_CHOSEN = (responses.c.id, responses.c.tenant, responses.c.preamble, responses.c.branch_id, responses.c.base)
+
+
+async def delete_response(connection: AsyncConnection, tenant: str, response_id: str) -> bool:
+    """Delete an ended response. False where there is none. Raises `InvalidRequest` while it runs."""
+    row = await find_response(connection, tenant, response_id)
+    if row is None:
+        return False
+    if row.running:
+        raise InvalidRequest("Cannot delete an in-flight response.")
+    return await _delete(connection, [row.id]) > 0
+
+
+_EXPIRED = (
+    select(responses.c.id)
+    .where(responses.c.expires_at <= bindparam("now"))
+    .order_by(responses.c.expires_at)
+    .limit(MOST)
+    .with_for_update(skip_locked=True)
+)
+
+
+async def delete_expired(connection: AsyncConnection, now: float) -> int:
+    """Delete some of the responses whose time is over; how many."""
+    return await _delete(connection, (await connection.execute(_EXPIRED, {"now": now})).scalars().all())
+
+
+_ranked = (
+    select(
+        responses.c.id,
+        func.row_number().over(partition_by=responses.c.tenant, order_by=responses.c.expires_at.desc()).label("rank"),
+    )
+    .where(responses.c.store, responses.c.expires_at.is_not(None))
+    .subquery()
+)
+_BEYOND = select(_ranked.c.id).where(_ranked.c.rank > bindparam("most")).limit(MOST)
+
+
+async def delete_beyond(connection: AsyncConnection, most: int) -> int:
+    """Delete some of the responses beyond a tenant's `most`, those unused for longest first; how many."""
+    return await _delete(connection, (await connection.execute(_BEYOND, {"most": most})).scalars().all())
+
+
+_PAST = (
+    select(responses.c.id)
+    .where(responses.c.journal_until <= bindparam("now"))
+    .order_by(responses.c.journal_until)
+    .limit(MOST)
+    .with_for_update(skip_locked=True)
+)
+
+
+async def drop_journals(connection: AsyncConnection, now: float) -> int:
+    """Drop the journals of some responses that ended long enough ago, and the names by which a repeated request
+    would find them; how many."""
+    ids = (await connection.execute(_PAST, {"now": now})).scalars().all()
+    if ids:
+        await connection.execute(delete(journal).where(journal.c.response_id.in_(ids)))
+        gone: dict[str, None] = dict.fromkeys(("journal_until", "retry_key", "retry_body"))
+        await connection.execute(update(responses).where(responses.c.id.in_(ids)).values(gone))
+    return len(ids)
+
+
+_IDLE = (
+    select(threads.c.id)
+    .where(
+        threads.c.updated_at < bindparam("before"),
+        or_(threads.c.running.is_(None), threads.c.lease_until < bindparam("now")),
+    )
+    .order_by(threads.c.updated_at)
+    .limit(MOST)
+    .with_for_update(skip_locked=True)
+)
+
+
+async def delete_idle_threads(connection: AsyncConnection, before: float, now: float) -> int:
+    """Delete some of the threads that nobody used since `before`; how many. Responses of theirs that are still
+    kept keep their history."""
+    ids = (await connection.execute(_IDLE, {"before": before, "now": now})).scalars().all()
+    if ids:
+        theirs = (await connection.execute(select(branches.c.id).where(branches.c.thread_id.in_(ids)))).scalars().all()
+        await connection.execute(delete(threads).where(threads.c.id.in_(ids)))
+        await collect(connection, theirs)
+    return len(ids)
+
+
+_DELETE = delete(responses).where(responses.c.id.in_(bindparam("ids", expanding=True)), ~is_running).returning(*_CHOSEN)
+
+
+async def _delete(connection: AsyncConnection, ids: Sequence[str]) -> int:
+    """Delete ended responses with all that only they need; how many."""
+    if not ids:
+        return 0
+    gone = (await connection.execute(_DELETE, {"ids": list(ids)})).all()
+    await connection.execute(delete(journal).where(journal.c.response_id.in_([row.id for row in gone])))
+    told = {(row.tenant, row.preamble) for row in gone if row.preamble is not None}
+    if told:
+        still = exists().where(responses.c.tenant == preambles.c.tenant, responses.c.preamble == preambles.c.digest)
+        named = tuple_(preambles.c.tenant, preambles.c.digest).in_(sorted(told))
+        await connection.execute(delete(preambles).where(named, ~still))
+    await collect(connection, [id for row in gone for id in (row.branch_id, row.base) if id is not None])
+    return len(gone)
+
+
+_children = branches.alias("children")
+_NEEDED = (
+    select(
+        branches.c.id,
+        branches.c.parent_branch,
+        branches.c.head,
+        exists().where(threads.c.id == branches.c.thread_id, threads.c.active_branch == branches.c.id).label("active"),
+        select(func.max(responses.c.stop))
+        .where(responses.c.branch_id == branches.c.id)
+        .scalar_subquery()
+        .label("stop"),
+        select(func.max(responses.c.own))
+        .where(responses.c.base == branches.c.id, is_running)
+        .scalar_subquery()
+        .label("begun"),
+        select(func.max(_children.c.parent_position))
+        .where(_children.c.parent_branch == branches.c.id)
+        .scalar_subquery()
+        .label("forked"),
+    )
+    .where(branches.c.id == bindparam("branch"))
+    .with_for_update(of=branches)
+)
+
+
+async def collect(connection: AsyncConnection, candidates: Iterable[str]) -> None:
+    """Delete what nothing needs of these branches: their last items, or all of them and then maybe their
+    parents'."""
+    left = deque(dict.fromkeys(candidates))
+    while left:
+        branch = (await connection.execute(_NEEDED, {"branch": left.popleft()})).one_or_none()
+        if branch is None:
+            continue
+        needed = _needed(branch)
+        if needed is None:
+            await connection.execute(delete(items).where(items.c.branch_id == branch.id))
+            await connection.execute(delete(branches).where(branches.c.id == branch.id))
+            if branch.parent_branch is not None:
+                left.append(branch.parent_branch)
+        elif needed < branch.head:
+            await connection.execute(delete(items).where(items.c.branch_id == branch.id, items.c.position >= needed))
+            await connection.execute(update(branches).where(branches.c.id == branch.id).values(head=needed))
+
+
+def _needed(branch: Row[Any]) -> int | None:
+    """Up to which position something needs the branch; None where nothing does."""
+    if branch.active:
+        return int(branch.head)
+    ends = [end for end in (branch.stop, branch.begun, branch.forked) if end is not None]
+    return max(ends) if ends else None
