@@ -1,7 +1,7 @@
 """Databases of the newest schema, each made once and copied for every test: a copy takes a millisecond,
 migrating takes hundreds.
 
-`migrated_database` is SQLite. `each_database` is every database we support, one after the other.
+`sqlite_database` is SQLite. `each_database` is every database we support, one after the other.
 PostgreSQL is the server that the environment names, or one of our own for the time of the session.
 """
 
@@ -38,9 +38,15 @@ def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def migrated_database(sqlite_template: Path, tmp_path: Path) -> str:
+def sqlite_database(sqlite_template: Path, tmp_path: Path) -> str:
     """The URL of an empty SQLite database of the newest schema, this test's own."""
     return f"sqlite+aiosqlite:///{shutil.copy(sqlite_template, tmp_path / 'store.db')}"
+
+
+@pytest.fixture
+def migrated_database(sqlite_database: str) -> str:
+    """The database of tests that need one; some folders run theirs on each."""
+    return sqlite_database
 
 
 @pytest.fixture
@@ -92,7 +98,7 @@ async def postgres_database(postgres: URL, postgres_template: str) -> AsyncItera
 @pytest.fixture(params=["sqlite", "postgres"])
 def each_database(request: pytest.FixtureRequest) -> str:
     """The URL of an empty migrated database, on SQLite and on PostgreSQL."""
-    url: str = request.getfixturevalue({"sqlite": "migrated_database", "postgres": "postgres_database"}[request.param])
+    url: str = request.getfixturevalue({"sqlite": "sqlite_database", "postgres": "postgres_database"}[request.param])
     return url
 
 

@@ -426,7 +426,9 @@ class Run:
     def _feed_failure(self, error: IngressError) -> None:
         status: Any = "cancelled" if isinstance(error, Cancelled) else "failed"
         detail = None if status == "cancelled" else error.detail()
-        self._builder.feed(Finish(status, error=detail, at=int(self._kit.ids.clock())))
+        finish = Finish(status, error=detail, at=int(self._kit.ids.clock()))
+        self._builder.feed(finish)
+        self._unwritten.append(finish)
         self._held.extend(self._builder.take())
 
     def _lose(self, error: IngressError) -> None:

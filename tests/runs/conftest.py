@@ -9,6 +9,12 @@ from tests.runs.stage import Stage, staged
 
 
 @pytest.fixture
+def migrated_database(each_database: str) -> str:
+    """Every test of this folder runs on SQLite and on PostgreSQL."""
+    return each_database
+
+
+@pytest.fixture
 async def stage(migrated_database: str) -> AsyncIterator[Stage]:
     async with staged(migrated_database) as stage:
         yield stage

@@ -1,23 +1,21 @@
 """A runner over a real database with a scripted backend, and what tests of it look at.
 
-What the database holds is read with plain sqlite3 over a connection of its own: what that finds is
-committed.
+What the database holds is read over a connection of its own: what that finds is committed.
 """
 
 import asyncio
-import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, closing, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from random import Random
 from typing import Any
 
 import orjson
-from sqlalchemy import make_url
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from responses_ingress.backends.base import Route
 from responses_ingress.core.builder import Event
+from responses_ingress.core.replay import fold
 from responses_ingress.core.request import Caller, parse_request
 from responses_ingress.ids import Ids
 from responses_ingress.runs.feed import Follower
@@ -27,11 +25,17 @@ from responses_ingress.runs.runner import Limits, Runner
 from responses_ingress.runs.tail import Tail
 from responses_ingress.runs.upkeep import Retention, Upkeep
 from responses_ingress.store.database import Database
+from responses_ingress.store.responses import StoredResponse, envelope_at_creation
 from responses_ingress.testing import ManualClock, ScriptedBackend, Step
+from tests.stranger import Stranger, stranger
 
 Json = dict[str, Any]
 SESSION = Caller(thread_key="a session")
 _POLL = 0.005
+_WITH_PREAMBLE = """
+    SELECT r.*, p.payload AS preamble FROM responses r
+    LEFT JOIN preambles p ON p.tenant = r.tenant AND p.digest = r.preamble WHERE r.id = ?
+"""
 
 
 class Watched(Database):
@@ -74,6 +78,7 @@ class Stage:
     metrics: Metrics
     runner: Runner
     upkeep: Upkeep
+    stranger: Stranger
 
     async def ask(self, text: str = "hi", caller: Caller | None = None, **fields: Any) -> Run | Tail:
         """Ask for a response to `text`, which may be one that is there already."""
@@ -93,9 +98,7 @@ class Stage:
 
     def rows(self, query: str, *values: Any) -> list[Json]:
         """What a stranger finds in the database now."""
-        with closing(connect(self.url)) as connection:
-            connection.row_factory = sqlite3.Row
-            return [dict(row) for row in connection.execute(query, values)]
+        return self.stranger.rows(query, *values)
 
     def row(self, response_id: str) -> Json:
         """The row of a response."""
@@ -109,6 +112,15 @@ class Stage:
 
     def journal(self, response_id: str) -> list[Json]:
         return self.rows("SELECT * FROM journal WHERE response_id = ? ORDER BY first", response_id)
+
+    def replayed(self, response_id: str) -> list[Json]:
+        """The events that a response's journal makes, from the row alone."""
+        entries = self.journal(response_id)
+        if not entries:
+            return []
+        (row,) = self.rows(_WITH_PREAMBLE, response_id)
+        known = StoredResponse(**{name: row[name] for name in StoredResponse._fields})
+        return parsed(fold(envelope_at_creation(known), [entry["payload"] for entry in entries]).take())
 
 
 @asynccontextmanager
@@ -130,29 +142,21 @@ async def staged(
     found = routes(backend) if routes else [Route("*", backend)]
     runner = Runner(database, found, limits or Limits(), metrics, ids)
     upkeep = Upkeep(database, runner, Retention())
-    try:
-        yield Stage(url, clock, ids, database, backend, metrics, runner, upkeep)
-    finally:
-        await runner.close(0)
-        await upkeep.close()
-        await database.close()
-
-
-def connect(url: str, patience: float = 5) -> sqlite3.Connection:
-    """A connection that shares nothing with the server."""
-    return sqlite3.connect(make_url(url).database or "", isolation_level=None, timeout=patience)
+    with stranger(url) as connection:
+        try:
+            yield Stage(url, clock, ids, database, backend, metrics, runner, upkeep, connection)
+        finally:
+            await runner.close(0)
+            await upkeep.close()
+            await database.close()
 
 
 @asynccontextmanager
-async def locked(url: str) -> AsyncIterator[sqlite3.Connection]:
+async def locked(url: str) -> AsyncIterator[Stranger]:
     """Another writer has the database: nothing can be committed meanwhile but what it writes itself."""
-    with closing(connect(url, patience=0)) as connection:
-        while True:
-            try:
-                connection.execute("BEGIN IMMEDIATE")
-                break
-            except sqlite3.OperationalError:  # waiting here would keep the server from ever giving way
-                await asyncio.sleep(_POLL)
+    with stranger(url) as connection:
+        while not connection.lock():  # noqa: ASYNC110 - waiting there would keep the server from giving way
+            await asyncio.sleep(_POLL)
         yield connection
         connection.execute("COMMIT")
 

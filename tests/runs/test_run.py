@@ -1,8 +1,7 @@
 """One group of tests per law of the pump, as they are numbered at the head of runs/run.py."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 
 import orjson
 import pytest
@@ -13,8 +12,9 @@ from responses_ingress.errors import Cancelled, UpstreamError
 from responses_ingress.runs.run import Run
 from responses_ingress.runs.runner import Limits
 from responses_ingress.store.database import Database
+from responses_ingress.store.queue import claim_left_behind
 from responses_ingress.store.responses import envelope_of, find_response
-from responses_ingress.store.tables import metadata
+from responses_ingress.store.values import Owner
 from responses_ingress.testing import MESSAGE, ManualClock, Step, ended, opened, spoken
 from tests.invariants import TERMINAL, check_stream
 from tests.runs.stage import (
@@ -216,7 +216,7 @@ async def test_law_3_the_ending_is_status_items_head_and_the_threads_release_at_
     items = [orjson.loads(item["payload"]) for item in stage.rows("SELECT payload FROM items ORDER BY position")]
     assert [item["role"] for item in items] == ["user", "assistant"]
     assert items[1] == run.response()["output"][0]
-    assert stage.journal(run.id) == []
+    assert stage.replayed(run.id) == parsed(run.feed.events)
 
 
 async def test_law_3_an_ending_of_which_one_part_fails_leaves_nothing_of_itself(stage: Stage) -> None:
@@ -225,7 +225,7 @@ async def test_law_3_an_ending_of_which_one_part_fails_leaves_nothing_of_itself(
     await taken(run, "hi")
     branch = stage.thread()["active_branch"]
     async with locked(stage.url) as connection:  # where the answer's own place is
-        connection.execute("INSERT INTO items VALUES (?, 1, '', 'msg_x', 'message', x'00', x'00')", (branch,))
+        connection.execute("INSERT INTO items VALUES (?, 1, '', 'msg_x', 'message', ?, ?)", branch, b"0", b"0")
     hold.set()
     events = await events_of(run)
     assert [event["type"] for event in events if event["type"] in TERMINAL] == ["response.failed"]
@@ -293,9 +293,9 @@ async def test_law_3_every_path_ends_a_response_that_nobody_streams(
 
 
 def assert_over(stage: Stage, run: Run, recorded: bool = True) -> None:
-    """Nothing of the run is left but its response."""
+    """Nothing of the run is left but its response, and the journal that makes its events again."""
     assert stage.runner.get(run.id) is None
-    assert stage.rows("SELECT * FROM journal") == []
+    assert stage.replayed(run.id) == (parsed(run.feed.events) if recorded else [])
     assert [row["running"] for row in stage.rows("SELECT running FROM threads")] == [None] * recorded
     assert [row["status"] for row in stage.rows("SELECT status FROM responses")] == [run.status] * recorded
 
@@ -392,10 +392,16 @@ async def test_law_3_nothing_stops_a_run_twice(stage: Stage) -> None:
     assert run.error is CANCELLED
 
 
-async def test_law_3_a_turn_that_is_not_stored_leaves_its_items_but_no_row(stage: Stage) -> None:
-    run = await stage.play(*spoken("hi"), caller=SESSION, store=False)
-    check_stream(await events_of(run))
-    assert stage.rows("SELECT * FROM responses") == []
+@pytest.mark.parametrize("stream", [True, False])
+async def test_law_3_a_turn_that_is_not_stored_leaves_its_items_and_for_a_while_what_a_retry_needs(
+    stage: Stage, stream: bool
+) -> None:
+    run = await stage.play(*spoken("hi"), caller=SESSION, store=False, stream=stream)
+    await run.ended
+    left = [(row["expires_at"], row["input"], row["output"]) for row in stage.rows("SELECT * FROM responses")]
+    assert left == ([(stage.clock() + 600, None, None)] if stream else [])
+    async with stage.database.reading() as connection:
+        assert await find_response(connection, "", run.id) is None
     assert len(stage.rows("SELECT * FROM items")) == 2
     assert stage.thread()["running"] is None
 
@@ -411,15 +417,16 @@ async def test_law_3_without_a_session_or_storage_nothing_is_written_at_all(care
 # 4. Fencing.
 
 
-@asynccontextmanager
-async def taken_over(stage: Stage, run: Run) -> AsyncIterator[Json]:
+async def taken_over(stage: Stage, run: Run) -> Json:
     """Another worker has the run; gives the row as it left it."""
-    other = Database(stage.url, ManualClock())
+    other = Database(stage.url, ManualClock(stage.clock() + 1000))
     try:
-        await other.submit(take_over(run.id))
-        yield stage.row(run.id)
+        async with other.transaction() as connection:
+            (row,) = await claim_left_behind(connection, Owner("another", 1, 3600), other.clock())
+        assert row.id == run.id
     finally:
         await other.close()
+    return stage.row(run.id)
 
 
 @pytest.mark.parametrize(
@@ -440,9 +447,9 @@ async def test_law_4_a_run_that_was_taken_over_writes_nothing_more_and_shows_no_
         run = await stage.play(opened(), hold, *rest, caller=SESSION)
         await until(lambda: stage.journal(run.id))
         journal = stage.journal(run.id)
-        async with taken_over(stage, run) as row:
-            hold.set()
-            events = await events_of(run)
+        row = await taken_over(stage, run)
+        hold.set()
+        events = await events_of(run)
         assert [event["sequence_number"] for event in events] == list(range(len(events)))
         assert [event["type"] for event in events if event["type"] in TERMINAL + (DONE,)] == ["response.failed"]
         assert events[-1]["response"]["error"]["code"] == "stale_writer"
@@ -458,9 +465,9 @@ async def test_law_4_a_run_that_was_taken_over_stops_its_backend(migrated_databa
         hold = asyncio.Event()
         run = await stage.play(opened(), hold, [Text(0, "more")], asyncio.Event())
         await until(lambda: stage.journal(run.id))
-        async with taken_over(stage, run):
-            hold.set()
-            await stage.backend.calls[0].over.wait()
+        await taken_over(stage, run)
+        hold.set()
+        await stage.backend.calls[0].over.wait()
         await run.ended
         assert stage.backend.calls[0].cut
 
