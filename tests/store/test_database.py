@@ -1,4 +1,4 @@
-"""An open database: reading beside writing, transactions of one's own, leases, and failures in plain words."""
+"""An open database: reading beside writing, transactions of one's own, and failures in plain words."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -8,11 +8,10 @@ import pytest
 from sqlalchemy import func, insert, select, text
 
 from responses_ingress.errors import InvalidRequest, StoreUnavailable
-from responses_ingress.store.database import Database, renew_leases
-from responses_ingress.store.responses import find_expired
+from responses_ingress.store.database import Database
 from responses_ingress.store.tables import preambles
 from responses_ingress.store.writer import Unit
-from tests.store.desk import LEASE, NOW, Clock, Desk
+from tests.store.desk import Clock, Desk
 
 INSERT = insert(preambles)
 
@@ -154,25 +153,3 @@ async def test_an_error_of_ours_passes_through_as_it_is(desk: Desk) -> None:
         async with desk.database.reading():
             raise InvalidRequest("No.")
     assert await stored(desk.database) == 0
-
-
-async def test_renewing_prolongs_the_leases_of_a_workers_responses_and_threads(desk: Desk, other_desk: Desk) -> None:
-    mine = [await desk.begin(await desk.session(key)) for key in ("a", "b")]
-    theirs = await other_desk.begin(await other_desk.session("c"))
-    async with desk.database.transaction() as connection:
-        await renew_leases(connection, desk.owner.name, [*mine[:1], theirs], NOW + 10 * LEASE)
-    desk.clock.now += LEASE + 1
-    async with desk.database.reading() as connection:
-        assert {row.id for row in await find_expired(connection, desk.clock())} == {mine[1], theirs}
-    thread = await desk.thread("a")
-    assert thread is not None and thread.lease_until == NOW + 10 * LEASE
-    thread = await desk.thread("b")
-    assert thread is not None and thread.lease_until == NOW + LEASE
-
-
-async def test_renewing_what_has_ended_changes_nothing(desk: Desk) -> None:
-    ended = await desk.turn(await desk.session(), "a", "1")
-    thread, row = await desk.thread(), await desk.row(ended)
-    async with desk.database.transaction() as connection:
-        await renew_leases(connection, desk.owner.name, [ended], NOW + 10 * LEASE)
-    assert (await desk.thread(), await desk.row(ended)) == (thread, row)

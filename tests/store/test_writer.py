@@ -15,6 +15,7 @@ from responses_ingress.errors import InvalidRequest, StoreUnavailable
 from responses_ingress.ids import Clock
 from responses_ingress.store.engine import is_sqlite, read_engine, write_engine
 from responses_ingress.store.tables import journal
+from responses_ingress.store.wake import Bell
 from responses_ingress.store.writer import Batch, Branch, Unit, Writer
 from tests.conftest import run_on
 
@@ -89,7 +90,7 @@ async def bench(each_database: str) -> AsyncIterator[Bench]:
             connection.execute("PRAGMA busy_timeout=0")
 
         event.listen(engine.sync_engine, "connect", impatient)
-    writer = Writer(engine, at_noon)
+    writer = Writer(engine, at_noon, Bell())
     yield Bench(engine, writer, each_database)
     await writer.close()
     await engine.dispose()
@@ -306,7 +307,7 @@ async def test_a_caller_who_leaves_a_unit_that_fails_is_not_told(bench: Bench) -
 async def test_closing_commits_what_is_pending_and_takes_nothing_more(each_database: str) -> None:
     clock: Clock = at_noon
     engine = write_engine(each_database)
-    writer = Writer(engine, clock)
+    writer = Writer(engine, clock, Bell())
     futures = [writer.submit(Unit(writes(number))) for number in range(3)]
     await writer.close()
     assert [future.result() for future in futures] == [0, 1, 2]
