@@ -255,7 +255,9 @@ async def test_an_end_that_lingers_keeps_its_journal_to_the_end_for_a_while(desk
     response_id = await desk.begin(placement)
     await desk.journal(response_id, 0)
     last = Entry(1, 2, b'["the end"]')
-    await desk.end(response_id, placement, ["a"], ["1"], journal=last, lingers=True, keep=Keep(journal=60, response=900))
+    await desk.end(
+        response_id, placement, ["a"], ["1"], journal=last, lingers=True, keep=Keep(journal=60, response=900)
+    )
     async with desk.database.reading() as connection:
         assert await read_journal(connection, response_id) == [Entry(0, 1, b'["deltas"]'), last]
     assert await times(desk, response_id) == (NOW + 60, NOW + 900)

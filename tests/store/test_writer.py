@@ -38,6 +38,7 @@ class Bench:
     engine: AsyncEngine
     writer: Writer
     url: str
+    bell: Bell
 
     def submit(self, apply: Callable[[Batch], Any], patient: bool = False) -> asyncio.Future[Any]:
         return self.writer.submit(Unit(apply, patient=patient))
@@ -93,8 +94,9 @@ async def at_bench(url: str, patience: float = PATIENCE) -> AsyncIterator[Bench]
             connection.execute("PRAGMA busy_timeout=0")
 
         event.listen(engine.sync_engine, "connect", impatient)
-    writer = Writer(engine, at_noon, Bell(), patience)
-    yield Bench(engine, writer, url)
+    bell = Bell()
+    writer = Writer(engine, at_noon, bell, patience)
+    yield Bench(engine, writer, url, bell)
     await writer.close()
     await engine.dispose()
 
@@ -235,6 +237,22 @@ async def test_a_unit_sees_what_those_before_it_in_its_batch_decided(bench: Benc
     assert await bench.writer.submit(Unit(lambda batch: batch.branches["b"].head, branches=("b",))) == 4
 
 
+async def test_the_bell_rings_for_what_is_committed_only(bench: Bench) -> None:
+    def rings(batch: Batch) -> None:
+        batch.ring("a")
+        batch.ring("b")
+
+    def breaks(batch: Batch) -> None:
+        batch.ring("a")
+        batch.add(text("INSERT INTO no_such_table (x) VALUES (:x)"), x=1)
+
+    with bench.bell.listen("a") as one, bench.bell.listen("b") as other, bench.bell.listen("c") as none:
+        await outcome(bench.submit(breaks))
+        assert not await one.heard(0)
+        await bench.submit(rings)
+        assert [await ear.heard(0) for ear in (one, other, none)] == [True, True, False]
+
+
 async def test_time_is_the_injected_clocks(bench: Bench) -> None:
     assert await bench.submit(lambda batch: batch.now) == NOW
 
@@ -336,9 +354,7 @@ async def test_a_database_that_cannot_is_waited_for_by_work_and_not_by_requests(
 
 @pytest.mark.parametrize("patient", [False, True])
 @pytest.mark.parametrize("state", CONTENDED)
-async def test_what_was_only_in_anothers_way_is_written_again(
-    postgres_bench: Bench, state: str, patient: bool
-) -> None:
+async def test_what_was_only_in_anothers_way_is_written_again(postgres_bench: Bench, state: str, patient: bool) -> None:
     applied: list[int] = []
     units = [Failing(1, [state] * 3, applied), Failing(2, [""] * 3, applied)]
     assert await asyncio.gather(*(postgres_bench.submit(unit, patient) for unit in units)) == [1, 2]
@@ -467,7 +483,7 @@ async def test_closing_commits_what_is_pending_and_takes_nothing_more(each_datab
     futures = [writer.submit(Unit(writes(number))) for number in range(3)]
     await writer.close()
     assert [future.result() for future in futures] == [0, 1, 2]
-    assert await Bench(engine, writer, each_database).written() == [0, 1, 2]
+    assert await Bench(engine, writer, each_database, Bell()).written() == [0, 1, 2]
     assert await outcome(writer.submit(Unit(writes(3)))) is StoreUnavailable
     await writer.close()
     await engine.dispose()
