@@ -346,9 +346,12 @@ def use(response_id: str, keep: Keep) -> Unit[None]:
 def write_end(
     batch: Batch, response_id: str, placement: Placement, ending: Ending, branch_id: str | None = None
 ) -> None:
-    """Write the row of a response that has ended, and the end of its journal."""
-    if ending.journal is not None:
+    """Write the row of a response that has ended, and the end of its journal; where nobody can come back for
+    that, it goes."""
+    if ending.journal is not None and ending.lingers:
         _add_entry(batch, response_id, placement.tenant, ending.journal)
+    elif ending.journal is not None:
+        batch.add(DELETE_JOURNAL, response=response_id)
     batch.add(_END_RESPONSE, response=response_id, **_end_row(placement, ending, branch_id, batch.now))
 
 
