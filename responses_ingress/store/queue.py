@@ -146,7 +146,9 @@ def hand_over(response_id: str, owner: Owner, thread_id: str, *, resumable: bool
     return Unit(apply, responses=(response_id,), patient=True)
 
 
-_ASK = update(responses).where(responses.c.id == bindparam("response")).values(asked=bindparam("what"))
+_ASK = update(responses).where(responses.c.id == bindparam("response"))
+_ASK_TO_CANCEL = _ASK.values(asked=literal_column("'cancel'"))
+_ASK_TO_YIELD = _ASK.where(responses.c.asked.is_(None)).values(asked=literal_column("'yield'"))
 
 
 def ask_to_yield(response_id: str) -> Unit[None]:
@@ -155,7 +157,7 @@ def ask_to_yield(response_id: str) -> Unit[None]:
     def apply(batch: Batch) -> None:
         lease = batch.leases.get(response_id)
         if lease is not None and lease.status in RUNNING and lease.owner is not None:
-            batch.add(_ASK, response=response_id, what="yield")
+            batch.add(_ASK_TO_YIELD, response=response_id)
             batch.ring(ASKED)
 
     return Unit(apply, responses=(response_id,))
@@ -173,7 +175,7 @@ def cancel(row: StoredResponse, cancelled: Ending) -> Unit[None]:
             write_end(batch, row.id, nowhere(row), cancelled)
             batch.ring(row.id)
         else:
-            batch.add(_ASK, response=row.id, what="cancel")
+            batch.add(_ASK_TO_CANCEL, response=row.id)
             batch.ring(ASKED)
 
     return Unit(apply, responses=(row.id,))
