@@ -308,6 +308,12 @@ async def test_data_that_no_database_takes_fails_its_own_unit_at_once(bench: Ben
     assert await bench.written() == ([1, 2, 3] if takes else [1, 3])
 
 
+async def test_a_row_without_a_value_that_its_statement_needs_fails_its_own_unit(bench: Bench) -> None:
+    futures = [bench.submit(writes(1)), bench.submit(lambda batch: batch.add(INSERT, first=2)), bench.submit(writes(3))]
+    assert [await outcome(future) for future in futures] == [1, StoreUnavailable, 3]
+    assert await bench.written() == [1, 3]
+
+
 @dataclass
 class Failing:
     """A unit that fails with one of `states` each time it is applied, as long as there are any; then it writes."""
