@@ -4,14 +4,12 @@ as quickly as Python does.
     python -c "from tests.served import main; main()" PORT WORKERS
 
 It says in its answers which process answers (`/`), ends that process (`/crash`), and is told by the environment
-how it starts: `SERVED_FAILS` names a file that keeps it from starting while it is there; `SERVED_GRACE` is how
-many seconds it takes to stop.
+how it starts and stops: `SERVED_FAILS` keeps it from starting; `SERVED_GRACE` is how many seconds it takes to stop.
 """
 
 import asyncio
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -40,7 +38,7 @@ class _App:
 
 async def _live(receive: Any, send: Any) -> None:
     await receive()
-    if Path(os.environ.get(FAILS, "")).is_file():
+    if FAILS in os.environ:
         await send({"type": "lifespan.startup.failed", "message": "It does not want to."})
         return
     await send({"type": "lifespan.startup.complete"})

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from responses_ingress.serving import CANNOT_START
-from tests.server import free_port
 from tests.served import FAILS, GRACE, STOPPED
+from tests.server import free_port
 
 _ROOT = Path(__file__).parents[1]
 _MAIN = "from tests.served import main; main()"
@@ -82,7 +82,7 @@ async def served(workers: int, environment: Mapping[str, str] | None = None) -> 
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
+        await process.communicate()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -136,9 +136,8 @@ async def test_a_worker_that_dies_is_replaced() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-async def test_what_cannot_start_ends_with_a_code_that_says_so(workers: int, tmp_path: Path) -> None:
-    (fails := tmp_path / "fails").touch()
-    async with served(workers, {FAILS: str(fails)}) as server:
+async def test_what_cannot_start_ends_with_a_code_that_says_so(workers: int) -> None:
+    async with served(workers, {FAILS: "yes"}) as server:
         await server.said("It does not want to.")
         assert await server.process.wait() == CANNOT_START
 
