@@ -2,9 +2,9 @@
 
 import asyncio
 import os
-import signal
 import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import orjson
@@ -269,6 +269,113 @@ async def test_an_upstream_that_fails_is_seen_on_both(
         assert in_front.error["code"] == failed["error"]["code"]
         assert code in (None, in_front.error["code"])
         assert in_front.headers.get("retry-after") == ("7" if status == 429 else None)
+
+
+# The database goes away.
+
+
+@asynccontextmanager
+async def cut_off(database: URL, postgres: URL) -> AsyncIterator[None]:
+    """Nobody reaches the database, and who was connected is no more."""
+    name = database.database
+    await run_on(
+        postgres,
+        f"ALTER DATABASE {name} ALLOW_CONNECTIONS false",
+        f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'",
+    )
+    try:
+        yield
+    finally:
+        await run_on(postgres, f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+
+
+async def test_without_the_database_requests_are_told_to_come_again_and_runs_wait(
+    pair: Pair, upstream: Upstream, database: URL, postgres: URL
+) -> None:
+    here, there = pair
+    session = {"session-id": "outage"}
+    answer, (first, second) = held("one ", "two ")
+    other, (hold,) = held("behind")
+    upstream.script(answer, other, Say("Three."))
+    async with streaming(here.url, {**STREAM, "input": "one?"}, "one ", session) as (wire, id):
+        behind = await created(there.url, BACKGROUND)
+        tail = asyncio.create_task(followed(there.url, id))
+        await upstream.called(2)
+        async with cut_off(database, postgres):
+            for server in pair:
+                asked = await create(server.url, ASK, {"session-id": "refused"})
+                for refused in (asked, await call(server.url, "GET", f"/{id}")):
+                    assert (refused.status, refused.error["code"]) == (503, "store_unavailable")
+                    assert int(refused.headers["retry-after"]) >= 1
+                async with Wire(server.url) as probe:
+                    assert (await probe.request("GET", "/readyz")).status == 503
+                    assert (await probe.request("GET", "/healthz")).status == 200
+            first.set()
+            await wire.read_until(b"two ")  # text still leaves; its end waits for the database
+            second.set()
+            hold.set()
+        events = (await wire.answer()).events
+        check_stream(events)
+        assert (events[-1]["type"], text_of(events[-1]["response"])) == ("response.completed", "one two ")
+        assert await tail == events
+    assert text_of(await ended(here.url, behind["id"])) == "behind"
+    assert await retrieve(there.url, id) == events[-1]["response"]
+    assert text_of(await created(there.url, {**ASK, "input": "three?"}, session)) == "Three."
+    assert sent(upstream) == [("user", "one?"), ("assistant", "one two "), ("user", "three?")]
+    assert len(upstream.calls) == 3
+
+
+async def test_under_load_an_outage_costs_answers_and_no_history(
+    pair: Pair, upstream: Upstream, database: URL, postgres: URL
+) -> None:
+    """Sessions that go on through two outages: who is refused asks again, and every history is whole."""
+    upstream.answer = lambda request: Say(f"To {request.json['messages'][-1]['content']}")
+    refused: list[int] = []
+    outages = asyncio.Event()
+
+    async def talk(session: str) -> None:
+        turn = 0
+        while turn < 5 or not outages.is_set():
+            answer = await create(pair[turn % 2].url, {**ASK, "input": f"{session} {turn}"}, {"session-id": session})
+            if answer.status == 200:
+                assert text_of(answer.json) == f"To {session} {turn}"
+                turn += 1
+            else:
+                assert (answer.status, "retry-after" in answer.headers) == (503, True), answer
+                refused.append(turn)
+        told = [message["content"] for message in conversation(upstream, f"{session} {turn - 1}")]
+        assert told == [text for at in range(turn) for text in (f"{session} {at}", f"To {session} {at}")][:-1]
+
+    async with asyncio.TaskGroup() as talks:
+        for name in "abcdef":
+            talks.create_task(talk(name))
+        for _ in range(2):
+            await upstream.called(len(upstream.calls) + 20)
+            async with cut_off(database, postgres):
+                seen = len(refused)
+                while len(refused) < seen + 6:  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+        outages.set()
+    upstream.answer = None
+    with stranger(shown(database)) as connection:
+        for left in (
+            "SELECT id FROM responses WHERE status IN ('queued', 'in_progress')",
+            "SELECT id FROM threads WHERE running IS NOT NULL",
+        ):
+            while connection.rows(left):  # noqa: ASYNC110 - what nobody heard of ends with its lease
+                await asyncio.sleep(0.02)
+
+
+def conversation(upstream: Upstream, last: str) -> list[dict[str, Any]]:
+    """The messages of the newest call that ended with `last`."""
+    for request in reversed(upstream.calls):
+        messages: list[dict[str, Any]] = request.json["messages"]
+        if messages[-1]["content"] == last:
+            return messages
+    raise AssertionError(f"nobody asked {last!r}")
+
+
+# A process is gone.
 
 
 async def test_the_other_takes_over_what_a_killed_one_ran(pair: Pair, upstream: Upstream) -> None:
