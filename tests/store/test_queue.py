@@ -4,6 +4,7 @@ import asyncio
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import select
@@ -62,7 +63,8 @@ async def asked(desk: Desk) -> dict[str, str]:
 async def lease_of(desk: Desk, response_id: str) -> float | None:
     async with desk.database.reading() as connection:
         query = select(responses.c.lease_until).where(responses.c.id == response_id)
-        return (await connection.execute(query)).scalar_one()
+        lease: float | None = (await connection.execute(query)).scalar_one()
+    return lease
 
 
 async def begin_waiting(desk: Desk, row: StoredResponse, key: str | None = None) -> None:
@@ -452,7 +454,8 @@ async def test_a_claim_and_a_handing_over_at_once_leave_it_to_one(desk: Desk, ot
         response_id = await desk.begin(desk.chain())
         desk.clock.now += LEASE
         given = hand_over(response_id, desk.owner, "", resumable=True, said=False)
-        taken, handed = await asyncio.gather(left(other_desk), desk.database.submit(given), return_exceptions=True)
+        both: Any = await asyncio.gather(left(other_desk), desk.database.submit(given), return_exceptions=True)
+        taken, handed = both
         row = await desk.row(response_id)
         if taken == [response_id]:
             assert row.owner == other_desk.owner.name and handed is None or isinstance(handed, StaleWriter)

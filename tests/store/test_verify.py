@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine, event
+from sqlalchemy import Engine, delete, event
 
 from responses_ingress.core.deltas import Text
 from responses_ingress.core.request import Caller
@@ -16,11 +16,11 @@ from responses_ingress.errors import SettingsError, UpstreamError
 from responses_ingress.runs.runner import Limits
 from responses_ingress.runs.tail import Tail
 from responses_ingress.store import verify as verification
-from responses_ingress.store.retention import delete_idle_threads
+from responses_ingress.store.retention import collect
+from responses_ingress.store.tables import threads
 from responses_ingress.store.verify import verify
 from responses_ingress.testing import opened, spoken
 from tests.runs.stage import SESSION, Stage, staged, taken, until
-from tests.store.desk import LEASE as DESK_LEASE
 from tests.store.desk import Desk
 from tests.stranger import TABLES
 
@@ -305,5 +305,6 @@ async def test_a_branch_that_is_needed_below_its_beginning_only_stays_without_it
     assert forked.branch_id != straight.branch_id
     await desk.begin(replace(forked, position=0, first=0), store=False)
     async with desk.database.transaction() as connection:
-        assert await delete_idle_threads(connection, desk.clock() + 1, desk.clock() + DESK_LEASE + 1) == 1
+        await connection.execute(delete(threads))
+        await collect(connection, [forked.branch_id])
     assert await found(each_database, desk.clock()) == set()
