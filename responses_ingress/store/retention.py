@@ -3,7 +3,9 @@ are past; threads that are idle; and the items that nothing needs any more.
 
 What must stay true: a branch's items stay as long as a response, a fork, a running turn or a thread needs
 them, so that descendants of what is deleted keep their history; each call is one small transaction of its
-caller's, and several workers may call at once: what one has locked the others pass by.
+caller's, and several workers may call at once: what one has locked the others pass by. Rows are locked in the
+writer's order (responses, threads, branches, preambles; each by their keys), so that nobody waits in a circle;
+and what is needed is asked only when the lock is there, so that what began meanwhile is seen.
 """
 
 from collections import deque
@@ -47,15 +49,21 @@ async def delete_expired(connection: AsyncConnection, now: float) -> int:
     return await _delete(connection, (await connection.execute(_EXPIRED, {"now": now})).scalars().all())
 
 
+_kept = (responses.c.store, responses.c.expires_at.is_not(None))
+_over = select(responses.c.tenant).where(*_kept).group_by(responses.c.tenant).having(func.count() > bindparam("most"))
 _ranked = (
     select(
         responses.c.id,
         func.row_number().over(partition_by=responses.c.tenant, order_by=responses.c.expires_at.desc()).label("rank"),
     )
-    .where(responses.c.store, responses.c.expires_at.is_not(None))
+    .where(*_kept, responses.c.tenant.in_(_over))
     .subquery()
 )
-_BEYOND = select(_ranked.c.id).where(_ranked.c.rank > bindparam("most")).limit(MOST)
+_BEYOND = (
+    select(responses.c.id)
+    .where(responses.c.id.in_(select(_ranked.c.id).where(_ranked.c.rank > bindparam("most")).limit(MOST)))
+    .with_for_update(skip_locked=True, of=responses)
+)
 
 
 async def delete_beyond(connection: AsyncConnection, most: int) -> int:
@@ -87,7 +95,7 @@ _IDLE = (
     select(threads.c.id)
     .where(
         threads.c.updated_at < bindparam("before"),
-        or_(threads.c.running.is_(None), threads.c.lease_until < bindparam("now")),
+        or_(threads.c.running.is_(None), threads.c.lease_until <= bindparam("now")),
     )
     .order_by(threads.c.updated_at)
     .limit(MOST)
@@ -115,57 +123,85 @@ async def _delete(connection: AsyncConnection, ids: Sequence[str]) -> int:
         return 0
     gone = (await connection.execute(_DELETE, {"ids": list(ids)})).all()
     await connection.execute(delete(journal).where(journal.c.response_id.in_([row.id for row in gone])))
-    told = {(row.tenant, row.preamble) for row in gone if row.preamble is not None}
-    if told:
-        still = exists().where(responses.c.tenant == preambles.c.tenant, responses.c.preamble == preambles.c.digest)
-        named = tuple_(preambles.c.tenant, preambles.c.digest).in_(sorted(told))
-        await connection.execute(delete(preambles).where(named, ~still))
     await collect(connection, [id for row in gone for id in (row.branch_id, row.base) if id is not None])
+    await _drop_preambles(connection, {(row.tenant, row.preamble) for row in gone if row.preamble is not None})
     return len(gone)
 
 
-_children = branches.alias("children")
-_NEEDED = (
-    select(
-        branches.c.id,
-        branches.c.parent_branch,
-        branches.c.head,
-        exists().where(threads.c.id == branches.c.thread_id, threads.c.active_branch == branches.c.id).label("active"),
-        select(func.max(responses.c.stop))
-        .where(responses.c.branch_id == branches.c.id)
-        .scalar_subquery()
-        .label("stop"),
-        select(func.max(responses.c.own))
-        .where(responses.c.base == branches.c.id, is_running)
-        .scalar_subquery()
-        .label("begun"),
-        select(func.max(_children.c.parent_position))
-        .where(_children.c.parent_branch == branches.c.id)
-        .scalar_subquery()
-        .label("forked"),
-    )
-    .where(branches.c.id == bindparam("branch"))
-    .with_for_update(of=branches)
+_named = tuple_(preambles.c.tenant, preambles.c.digest).in_(bindparam("keys", expanding=True))
+_LOCK_PREAMBLES = (
+    select(preambles.c.digest).where(_named).order_by(preambles.c.tenant, preambles.c.digest).with_for_update()
+)
+_DROP_PREAMBLES = delete(preambles).where(
+    _named, ~exists().where(responses.c.tenant == preambles.c.tenant, responses.c.preamble == preambles.c.digest)
 )
 
 
+async def _drop_preambles(connection: AsyncConnection, told: Iterable[tuple[str, bytes]]) -> None:
+    """Delete those of these preambles that no response has any more."""
+    keys = sorted(told)
+    if keys:
+        await connection.execute(_LOCK_PREAMBLES, {"keys": keys})
+        await connection.execute(_DROP_PREAMBLES, {"keys": keys})
+
+
+_line = (
+    select(branches.c.id, branches.c.parent_branch)
+    .where(branches.c.id.in_(bindparam("ids", expanding=True)))
+    .cte("line", recursive=True)
+)
+_line = _line.union(select(branches.c.id, branches.c.parent_branch).where(branches.c.id == _line.c.parent_branch))
+_LOCK_BRANCHES = (
+    select(branches.c.id)
+    .where(branches.c.id.in_(select(_line.c.id)))
+    .order_by(branches.c.id)
+    .with_for_update(of=branches)
+)
+_children = branches.alias("children")
+_NEEDED = select(
+    branches.c.id,
+    branches.c.parent_branch,
+    branches.c.parent_position,
+    branches.c.head,
+    exists().where(threads.c.id == branches.c.thread_id, threads.c.active_branch == branches.c.id).label("active"),
+    select(func.max(responses.c.stop)).where(responses.c.branch_id == branches.c.id).scalar_subquery().label("stop"),
+    select(func.max(responses.c.own))
+    .where(responses.c.base == branches.c.id, is_running)
+    .scalar_subquery()
+    .label("begun"),
+    select(func.max(_children.c.parent_position))
+    .where(_children.c.parent_branch == branches.c.id)
+    .scalar_subquery()
+    .label("forked"),
+).where(branches.c.id == bindparam("branch"))
+
+
 async def collect(connection: AsyncConnection, candidates: Iterable[str]) -> None:
-    """Delete what nothing needs of these branches: their last items, or all of them and then maybe their
-    parents'."""
+    """Delete what nothing needs of these branches: their last items, or all of them; and then maybe of their
+    parents."""
     left = deque(dict.fromkeys(candidates))
+    if not left:
+        return
+    await connection.execute(_LOCK_BRANCHES, {"ids": list(left)})
     while left:
         branch = (await connection.execute(_NEEDED, {"branch": left.popleft()})).one_or_none()
-        if branch is None:
-            continue
-        needed = _needed(branch)
-        if needed is None:
-            await connection.execute(delete(items).where(items.c.branch_id == branch.id))
-            await connection.execute(delete(branches).where(branches.c.id == branch.id))
-            if branch.parent_branch is not None:
-                left.append(branch.parent_branch)
-        elif needed < branch.head:
-            await connection.execute(delete(items).where(items.c.branch_id == branch.id, items.c.position >= needed))
-            await connection.execute(update(branches).where(branches.c.id == branch.id).values(head=needed))
+        if branch is not None and await _cut(connection, branch) and branch.parent_branch is not None:
+            left.append(branch.parent_branch)
+
+
+async def _cut(connection: AsyncConnection, branch: Row[Any]) -> bool:
+    """Cut the branch off behind what is needed of it. Whether less is needed of its parent then."""
+    needed = _needed(branch)
+    if needed is not None and needed >= branch.head:
+        return False
+    await connection.execute(delete(items).where(items.c.branch_id == branch.id, items.c.position >= (needed or 0)))
+    this = branches.c.id == branch.id
+    if needed is None:
+        await connection.execute(delete(branches).where(this))
+        return True
+    begins = min(needed, branch.parent_position)  # it may be only the way to what begins before it does
+    await connection.execute(update(branches).where(this).values(head=needed, parent_position=begins))
+    return bool(begins < branch.parent_position)
 
 
 def _needed(branch: Row[Any]) -> int | None:
