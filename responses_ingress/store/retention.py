@@ -9,15 +9,24 @@ and what is needed is asked only when the lock is there, so that what began mean
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import Row, bindparam, delete, exists, func, or_, select, tuple_, update
+from sqlalchemy import Row, bindparam, delete, exists, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from responses_ingress.errors import InvalidRequest
 from responses_ingress.store.responses import find_response
-from responses_ingress.store.tables import branches, is_running, items, journal, preambles, responses, threads
+from responses_ingress.store.tables import (
+    are_preambles,
+    branches,
+    is_running,
+    items,
+    journal,
+    preambles,
+    responses,
+    threads,
+)
 
 MOST = 100
 """Rows that one call deletes at most."""
@@ -128,7 +137,7 @@ async def _delete(connection: AsyncConnection, ids: Sequence[str]) -> int:
     return len(gone)
 
 
-_named = tuple_(preambles.c.tenant, preambles.c.digest).in_(bindparam("keys", expanding=True))
+_named = are_preambles()
 _LOCK_PREAMBLES = (
     select(preambles.c.digest).where(_named).order_by(preambles.c.tenant, preambles.c.digest).with_for_update()
 )
@@ -137,26 +146,30 @@ _DROP_PREAMBLES = delete(preambles).where(
 )
 
 
-async def _drop_preambles(connection: AsyncConnection, told: Iterable[tuple[str, bytes]]) -> None:
+async def _drop_preambles(connection: AsyncConnection, told: Collection[tuple[str, bytes]]) -> None:
     """Delete those of these preambles that no response has any more."""
-    keys = sorted(told)
-    if keys:
-        await connection.execute(_LOCK_PREAMBLES, {"keys": keys})
-        await connection.execute(_DROP_PREAMBLES, {"keys": keys})
+    if told:
+        keys = {"tenants": list({tenant for tenant, _ in told}), "digests": list({digest for _, digest in told})}
+        await connection.execute(_LOCK_PREAMBLES, keys)
+        await connection.execute(_DROP_PREAMBLES, keys)
 
 
-_line = (
-    select(branches.c.id, branches.c.parent_branch)
-    .where(branches.c.id.in_(bindparam("ids", expanding=True)))
-    .cte("line", recursive=True)
-)
-_line = _line.union(select(branches.c.id, branches.c.parent_branch).where(branches.c.id == _line.c.parent_branch))
-_LOCK_BRANCHES = (
-    select(branches.c.id)
-    .where(branches.c.id.in_(select(_line.c.id)))
-    .order_by(branches.c.id)
-    .with_for_update(of=branches)
-)
+_of_ids = branches.c.id.in_(bindparam("ids", expanding=True))
+_PARENTS = select(branches.c.parent_branch).where(_of_ids, branches.c.parent_branch.is_not(None))
+_LOCK_BRANCHES = select(branches.c.id).where(_of_ids).order_by(branches.c.id).with_for_update()
+
+
+async def _lock_branches(connection: AsyncConnection, ids: Iterable[str]) -> None:
+    """Lock the branches and all they came from. (PostgreSQL would read the whole table for a recursive query.)"""
+    known = dict.fromkeys(ids)
+    step = list(known)
+    while step:
+        parents = (await connection.execute(_PARENTS, {"ids": step})).scalars()
+        step = [id for id in dict.fromkeys(parents) if id not in known]
+        known.update(dict.fromkeys(step))
+    await connection.execute(_LOCK_BRANCHES, {"ids": list(known)})
+
+
 _children = branches.alias("children")
 _NEEDED = select(
     branches.c.id,
@@ -182,7 +195,7 @@ async def collect(connection: AsyncConnection, candidates: Iterable[str]) -> Non
     left = deque(dict.fromkeys(candidates))
     if not left:
         return
-    await connection.execute(_LOCK_BRANCHES, {"ids": list(left)})
+    await _lock_branches(connection, left)
     while left:
         branch = (await connection.execute(_NEEDED, {"branch": left.popleft()})).one_or_none()
         if branch is not None and await _cut(connection, branch) and branch.parent_branch is not None:

@@ -21,6 +21,8 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    and_,
+    bindparam,
     literal_column,
 )
 
@@ -146,6 +148,14 @@ preambles = Table(
     Column("digest", LargeBinary, primary_key=True),
     Column("payload", LargeBinary, nullable=False),
 )
+
+
+def are_preambles() -> ColumnElement[bool]:
+    """Those of these `:digests` that these `:tenants` have: all that are meant are among them, and SQLite would not
+    look for pairs by the key."""
+    tenants, digests = bindparam("tenants", expanding=True), bindparam("digests", expanding=True)
+    return and_(preambles.c.tenant.in_(tenants), preambles.c.digest.in_(digests))
+
 
 # An ordinary rowid table: WITHOUT ROWID doubles the size of rows of 2 kB (overflow pages).
 journal = Table(

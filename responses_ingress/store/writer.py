@@ -29,7 +29,6 @@ from sqlalchemy import (
     insert,
     select,
     text,
-    tuple_,
     update,
 )
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, NotSupportedError, ProgrammingError
@@ -39,7 +38,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 
 from responses_ingress.errors import IngressError, StoreUnavailable
 from responses_ingress.ids import Clock
-from responses_ingress.store.tables import branches, is_running, preambles, responses, threads
+from responses_ingress.store.tables import are_preambles, branches, is_running, preambles, responses, threads
 from responses_ingress.store.wake import CHANNEL, Bell, payloads
 
 T = TypeVar("T")
@@ -227,7 +226,7 @@ _THREADS = _query(threads, "id", "tenant", "active_branch", "running", "lease_un
 _BRANCHES = _query(branches, "id", "thread_id", "head")
 _PREAMBLES = (
     select(preambles.c.tenant, preambles.c.digest)
-    .where(tuple_(preambles.c.tenant, preambles.c.digest).in_(bindparam("ids", expanding=True)))
+    .where(are_preambles())
     .order_by(preambles.c.tenant, preambles.c.digest)
     .with_for_update(read=True, key_share=True)  # of others only those who delete it wait
 )
@@ -379,8 +378,10 @@ class Writer:
             batch.threads[row.id] = Thread(**row._mapping)
         for row in await _fetch(connection, _BRANCHES, (id for unit in units for id in unit.branches)):
             batch.branches[row.id] = Branch(row.id, row.thread_id, row.head)
-        for row in await _fetch(connection, _PREAMBLES, (key for unit in units for key in unit.preambles)):
-            batch.preambles.add((row.tenant, row.digest))
+        told = {key for unit in units for key in unit.preambles}
+        if told:
+            keys = {"tenants": list({tenant for tenant, _ in told}), "digests": list({digest for _, digest in told})}
+            batch.preambles.update((row.tenant, row.digest) for row in await connection.execute(_PREAMBLES, keys))
         batch.repeats = [Repeat(**row._mapping) for row in await _fetch(connection, _REPEATS, names)]
         if any(unit.counts_queue for unit in units):
             batch.queued = (await connection.execute(_QUEUED)).scalar_one()
@@ -417,7 +418,7 @@ def _apply(unit: Unit[Any], batch: Batch) -> Any:
         return error
 
 
-async def _fetch(connection: AsyncConnection, query: Executable, ids: Iterable[Any]) -> Sequence[Row[Any]]:
+async def _fetch(connection: AsyncConnection, query: Executable, ids: Iterable[str | bytes]) -> Sequence[Row[Any]]:
     wanted = list(dict.fromkeys(ids))
     if not wanted:
         return ()

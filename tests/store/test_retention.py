@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import func, select
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import select
 
 from responses_ingress.core.request import Retry
 from responses_ingress.errors import InvalidRequest
@@ -23,10 +22,10 @@ from responses_ingress.store.retention import (
     delete_response,
     drop_journals,
 )
-from responses_ingress.store.tables import items, responses
+from responses_ingress.store.tables import responses
 from responses_ingress.store.turns import append_journal, use
-from responses_ingress.store.values import Entry, Keep, Placement
-from tests.store.desk import LEASE, NOW, Clock, Desk, at_desk
+from responses_ingress.store.values import Entry, Keep
+from tests.store.desk import LEASE, Clock, Desk, at_desk
 
 NOTHING = {"responses": 0, "branches": 0, "items": 0, "journal": 0}
 KEEP = Keep(journal=60, response=900)
