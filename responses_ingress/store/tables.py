@@ -153,8 +153,10 @@ preambles = Table(
 def are_preambles() -> ColumnElement[bool]:
     """Those of these `:digests` that these `:tenants` have: all that are meant are among them, and SQLite would not
     look for pairs by the key."""
-    tenants, digests = bindparam("tenants", expanding=True), bindparam("digests", expanding=True)
-    return and_(preambles.c.tenant.in_(tenants), preambles.c.digest.in_(digests))
+    return and_(
+        preambles.c.tenant.in_(bindparam("tenants", expanding=True)),
+        preambles.c.digest.in_(bindparam("digests", expanding=True)),
+    )
 
 
 # An ordinary rowid table: WITHOUT ROWID doubles the size of rows of 2 kB (overflow pages).

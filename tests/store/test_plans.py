@@ -23,7 +23,8 @@ FILL = [
     f"INSERT INTO responses ({COMMON}, id, status, base, branch_id, output_at, stop, previous_response_id, preamble,"
     " expires_at, journal_until, retry_key)"
     f" SELECT {VALUES}, 'resp_' || n, 'completed', 'branch_' || n, 'branch_' || n, 1, 2, 'resp_' || (n - 1),"
-    " {digest}, 1000000 + n, CASE WHEN n % 10 = 0 THEN 1000 + n END, CASE WHEN n % 10 = 0 THEN {digest} END FROM {many}",
+    " {digest}, 1000000 + n, CASE WHEN n % 10 = 0 THEN 1000 + n END, CASE WHEN n % 10 = 0 THEN {digest} END"
+    " FROM {many}",
     f"INSERT INTO responses ({COMMON}, id, status, base, previous_response_id, lease_until, owner, asked)"
     f" SELECT {VALUES}, 'run_' || n, CASE WHEN n % 2 = 0 THEN 'queued' ELSE 'in_progress' END, 'branch_' || n,"
     " 'resp_' || (n - 1), 500 + n, 'w' || (n % 3), CASE WHEN n % 7 = 0 THEN 'yield' END FROM {few}",

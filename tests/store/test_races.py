@@ -46,7 +46,7 @@ class Gate:
 
     async def stopped(self, work: Any) -> "asyncio.Future[Any]":
         """`work` on its way, standing at the gate."""
-        on_its_way = asyncio.ensure_future(work)
+        on_its_way: asyncio.Future[Any] = asyncio.ensure_future(work)
         await self.arrived.wait()
         return on_its_way
 
@@ -69,7 +69,7 @@ def gate(database: Database) -> Iterator[Gate]:
 
 async def waits(work: Any, watcher: Desk) -> "asyncio.Future[Any]":
     """`work` on its way, once it waits for a lock that another has."""
-    on_its_way = asyncio.ensure_future(work)
+    on_its_way: asyncio.Future[Any] = asyncio.ensure_future(work)
     async with watcher.database.reading() as connection:
         while not (await connection.execute(text("SELECT count(*) FROM pg_locks WHERE NOT granted"))).scalar_one():
             assert not on_its_way.done(), "it did not wait"

@@ -43,7 +43,8 @@ async def ended(desk: Desk, status: str = "completed", retry: Retry = AGAIN, **f
 async def expiry(desk: Desk, response_id: str) -> float | None:
     async with desk.database.reading() as connection:
         query = select(responses.c.expires_at).where(responses.c.id == response_id)
-        return (await connection.execute(query)).scalar_one()
+        found: float | None = (await connection.execute(query)).scalar_one()
+        return found
 
 
 # A request that is made again.

@@ -284,7 +284,7 @@ async def test_a_unit_that_another_was_quicker_than_decides_again(bench: Bench) 
     assert await bench.written() == [1, 2]
 
 
-BAD = {
+BAD: dict[str, dict[str, object]] = {
     "too large": {"first": 2**70},
     "NUL": {"tenant": "a\0b"},
     "half a character": {"tenant": "\ud800"},
@@ -382,8 +382,12 @@ async def test_none_passes_one_that_is_put_off_while_they_are_written_singly(pos
 
 async def test_of_two_that_wait_for_each_other_both_are_written(postgres_bench: Bench) -> None:
     """A true deadlock: the writer has one row and wants another's, who wants the writer's."""
-    for branch in ("a", "b"):
-        await postgres_bench.submit(lambda batch, id=branch: batch.add_branch(Branch(id, "thread_1", 0), ""))
+
+    def opens(batch: Batch) -> None:
+        for branch in ("a", "b"):
+            batch.add_branch(Branch(branch, "thread_1", 0), "")
+
+    await postgres_bench.submit(opens)
     tries: list[int] = []
 
     def both(batch: Batch) -> None:
