@@ -209,9 +209,8 @@ async def test_a_retry_attaches_to_what_it_began_before(
     answer = Stream([chunk({"content": "Once."}), chunk(finish="stop")], hold=hold)
     upstream.script(answer if stream else Reply(completion(Say("Once.")), hold=hold))
     async with Cable(url) as cable, AsyncOpenAI(base_url=cable.url, api_key="test", max_retries=2) as client:
-        asked = asyncio.create_task(
-            client.responses.create(model=MODEL, input="Hi", stream=stream, extra_headers=session)  # type: ignore[call-overload]
-        )
+        create: Any = client.responses.create
+        asked = asyncio.create_task(create(model=MODEL, input="Hi", stream=stream, extra_headers=session))
         await upstream.called(1)
         cable.cut()
         while cable.connections < 2:  # noqa: ASYNC110
