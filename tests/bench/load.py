@@ -34,8 +34,8 @@ class Job:
 
     kind:        `load`: `turns` equal requests, `concurrency` at a time; `chain`: `turns` requests, each
                  naming the one before; `hold`: open `turns` streams and keep them until a line comes in;
-                 `queue`: `load` of background responses, and wait for their ends; `follow`: one stream, and
-                 `turns` more who follow it by its id, through the port `follow`.
+                 `queue`: `load` of background responses; `follow`: one stream, and `turns` more who follow it
+                 by its id, through the port `follow`.
     get:         the id, and the query, of a response to be got instead of made.
     after:       number of the last event that the one who gets it has seen.
     api:         `responses`, or `chat` to ask the upstream itself.
@@ -62,11 +62,10 @@ class Job:
 @dataclass(slots=True)
 class Result:
     """What came of it. Times are milliseconds; `first` is the time to the first text of a stream, `ids` are
-    those of the responses that were made, `ended` the seconds until the last of a queue had ended."""
+    those of the responses that `queue` and `follow` made."""
 
     turns: int = 0
     ids: list[str] = field(default_factory=list)
-    ended: float = 0
     seconds: float = 0
     latency: list[float] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
@@ -158,9 +157,6 @@ class Load:
         else:
             await self._load()
         self._result.seconds = time.perf_counter() - start
-        if self._job.kind == "queue":
-            await self._wait_ended()
-            self._result.ended = time.perf_counter() - start
         return self._result
 
     async def _load(self) -> None:
@@ -217,19 +213,6 @@ class Load:
         connection = await self._connect()
         connection.ask(request)
         return connection
-
-    async def _wait_ended(self) -> None:
-        """Ask for each response that was made until it has ended, and check it."""
-        connection = await self._connect()
-        for id in self._result.ids:
-            request = _request(replace(self._job, get=id), b"")
-            answer = await connection.ask(request)
-            while b'"status":"queued"' in answer.body or b'"status":"in_progress"' in answer.body:
-                await asyncio.sleep(0.02)
-                answer = await connection.ask(request)
-            wrong = _check(replace(self._job, kind="load"), answer, self._text)
-            if wrong:
-                self._fail(wrong)
 
     async def _follow(self) -> None:
         """One stream from its beginning, and the others as soon as its id is known."""
