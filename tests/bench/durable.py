@@ -130,11 +130,12 @@ def takeover(lab: Lab) -> None:
     """A worker is killed; its client turns to the other one."""
     for what, watch in (("background", _watch_background), ("foreground", _watch_foreground)):
         title = f"D4 takeover after kill -9, {what}, lease {_LEASE:g} s, {_POSTGRES}"
-        for _ in range(lab.rounds):
+        took = []
+        for _ in range(1 if lab.quick else 2 * lab.rounds):
             with _workers(lab, lab.database(_POSTGRES), 2, lease=str(_LEASE)) as (first, second):
-                took = watch(first, second)
-            figure = Figure(title, "its end is seen after", "s", Target(_LEASE + 1, "absolute"))
-            lab.table.add(figure, OURS, took)
+                took.append(watch(first, second))
+            lab.table.add(Figure(title, "its end is seen after", "s"), OURS, took[-1])
+        lab.table.add(Figure(title, "at worst", "s", Target(_LEASE + 1, "absolute")), OURS, max(took))
 
 
 def _watch_background(first: Server, second: Server) -> float:
