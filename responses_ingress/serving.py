@@ -95,6 +95,7 @@ class _Fleet:
         self._given = (listener, make_config)
         self._workers: list[SpawnProcess] = []
         self._stopping = False
+        self._proven = False
         self._code = 0
 
     def start(self, count: int) -> None:
@@ -125,11 +126,12 @@ class _Fleet:
                 self._listener.close()
             dead = [worker for worker in self._workers if not worker.is_alive()]
             self._workers = [worker for worker in self._workers if worker not in dead]
-            if any(worker.exitcode == CANNOT_START for worker in dead) and not self._stopping:
+            if any(worker.exitcode == CANNOT_START for worker in dead) and not (self._stopping or self._proven):
                 self._code = CANNOT_START
                 self._end()
             if dead and not self._stopping:
                 logger.error("%d of the workers died and are replaced", len(dead))
+                self._proven = True  # they could start once: what keeps them from it now may pass
                 time.sleep(_PAUSE)
                 self.start(0 if self._stopping else len(dead))
         return self._code

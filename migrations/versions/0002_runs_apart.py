@@ -39,6 +39,7 @@ _MONTH = 30 * 24 * 3600
 def upgrade() -> None:
     for name, type in _COLUMNS:
         op.add_column("responses", sa.Column(name, type()))
+    op.add_column("responses", sa.Column("attempts", sa.Integer(), nullable=False, server_default="0"))
     # What is there already was kept for ever. Nobody is to lose it at once: it counts as used today.
     until = int(time.time()) + _MONTH
     op.execute(f"UPDATE responses SET expires_at = {until} WHERE status NOT IN ('queued', 'in_progress')")
@@ -59,7 +60,7 @@ def downgrade() -> None:
     op.execute("DELETE FROM journal WHERE response_id IN (SELECT id FROM responses WHERE journal_until IS NOT NULL)")
     op.execute("DELETE FROM responses WHERE base IS NULL AND status = 'queued'")
     op.execute("DELETE FROM responses WHERE NOT store AND status NOT IN ('queued', 'in_progress')")
-    for name, _ in _COLUMNS:
+    for name, _ in (*_COLUMNS, ("attempts", sa.Integer)):
         op.drop_column("responses", name)
 
 

@@ -92,6 +92,11 @@ class Builder:
         return self._final is not None
 
     @property
+    def has_said(self) -> bool:
+        """Whether it has told more than that the response exists and has begun."""
+        return self.number > (3 if self._envelope["status"] == "queued" else 2)
+
+    @property
     def status(self) -> str:
         if self._final is not None:
             return str(self._final["status"])

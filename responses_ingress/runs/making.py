@@ -5,7 +5,6 @@ request is raised before anything is written; a response that was claimed is run
 is wrong with it. Nothing here waits for anything but the database.
 """
 
-import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -31,14 +30,15 @@ from responses_ingress.errors import (
     ServerRestarted,
     StaleWriter,
     StoreUnavailable,
+    ThreadBusy,
 )
 from responses_ingress.ids import Ids, named_thread, partition_of
 from responses_ingress.runs.resolve import Resolved, resolve, thread_of
-from responses_ingress.runs.run import Kit, Record, Run, Work, new_item
+from responses_ingress.runs.run import Kit, Record, Run, Work, cancel_upstream, new_item
 from responses_ingress.store.database import Database
 from responses_ingress.store.queue import enqueue, nowhere, put_back
 from responses_ingress.store.responses import StoredResponse, envelope_at_creation, read_journal
-from responses_ingress.store.turns import begin, begin_claimed, end
+from responses_ingress.store.turns import begin, begin_claimed, end, go_on
 from responses_ingress.store.values import Ending, Entry, NewItem, NewResponse, Owner, Placement
 
 logger = logging.getLogger(__name__)
@@ -79,13 +79,27 @@ class Maker:
         """Let a response wait for a worker; its id. Raises `QueueFull` where `most` wait already."""
         backend, _ = find_route(self.routes, request.model)
         request, fresh = self._named(request, caller)
-        thread_id = await thread_of(self.database, request, caller, fresh)
+        thread_id = await self._checked(request, caller, fresh)
         envelope = self._envelope(request, thread_id)
         given = [new_item(item) for item in request.input]
         new = _new_response(request, caller, envelope, backend, Resolved(thread_id, None, (), (), given))
         placement = Placement(caller.tenant, thread_id, None, "", 0, 0, "")
-        await self.database.submit(enqueue(replace(new, retry=caller.retry), placement, most))
+        try:
+            await self.database.submit(enqueue(replace(new, retry=caller.retry), placement, most))
+        except PlacementOutdated:  # what it builds on was deleted a moment ago
+            await thread_of(self.database, request, caller, fresh)
+            raise
         return new.id
+
+    async def _checked(self, request: Request, caller: Caller, fresh: str) -> str:
+        """The thread of a request that is to wait, when all has been refused that can be known to be wrong."""
+        try:
+            resolved = await resolve(self.database, self.ids, request, caller, fresh)
+        except ResponseRunning:
+            return await thread_of(self.database, request, caller, fresh)
+        backend, model = find_route(self.routes, request.model)
+        backend.stream(_turn(request, caller, resolved, "", model))
+        return resolved.thread_id
 
     async def take_up(self, row: StoredResponse) -> Run | None:
         """Run a response that was claimed from the queue. None where it was put back, or has ended instead."""
@@ -106,7 +120,7 @@ class Maker:
     async def _take_up(self, row: StoredResponse, owner: Owner) -> Run:
         if row.asked == "cancel":
             raise Cancelled("The response was cancelled.")
-        if row.epoch > _MOST_ATTEMPTS:
+        if row.attempts > _MOST_ATTEMPTS:
             raise ServerRestarted("The server was restarted each time that it began to produce this response.")
         request, caller = _unpack(row)
         backend, model = find_route(self.routes, request.model)
@@ -123,22 +137,26 @@ class Maker:
         )
         return Run(turn, _work(backend, turn, deltas), envelope_at_creation(row), record, self.kit)
 
-    async def recover(self, row: StoredResponse) -> Run | None:
+    async def recover(self, row: StoredResponse, *, has_room: bool) -> Run | None:
         """Law 7, for a response that was begun by another process and is this one's now: go on with it where its
-        backend remembers, begin it again where nobody has seen what it said, else end it."""
+        backend remembers, begin it again where nobody has seen what it said (here or, without room, whoever has
+        some), else end it."""
         async with self.database.reading() as connection:
             entries = await read_journal(connection, row.id)
         builder = fold(envelope_at_creation(row), (entry.payload for entry in entries), silent=True)
         if row.asked == "cancel":
             await self._recover_cancelled(row, builder)
             return None
-        if row.request is not None and builder.memory is not None and not builder.output:
+        lives = row.request is not None and row.attempts <= _MOST_ATTEMPTS
+        if lives and builder.memory is not None and not builder.has_said:
             run = await self._go_on(row, builder, entries)
             if run is not None:
                 return run
-        unseen = row.followed_until is None or not builder.output
-        if row.background and row.request is not None and unseen:
-            return await self.take_up(row)
+        if lives and row.background and (row.followed_until is None or not builder.has_said):
+            if has_room:
+                return await self.take_up(row)
+            await self.database.submit(put_back(row, replace(self.owner, epoch=row.epoch), 0))
+            return None
         await self.close(row, ServerRestarted("The server was restarted while it was producing this response."))
         logger.warning("response %s was left behind by another process and is closed as failed", row.id)
         return None
@@ -149,13 +167,16 @@ class Maker:
         backend, model = find_route(self.routes, request.model)
         if not backend.resumable:
             return None
-        begun = asyncio.get_running_loop().create_future()
-        begun.set_result(None)
         placement, input = _place(row, caller, self.ids), _items(row)
         new = [orjson.loads(item.payload) for item in input]
         turn = _turn(request, caller, Resolved(row.thread_id, placement, (), new), row.id, model)
         turn = replace(turn, resume=builder.memory)
         owner = replace(self.owner, epoch=row.epoch)
+        begun = self.database.submit(go_on(row.id, placement, owner))
+        try:
+            await begun
+        except ThreadBusy:
+            return None  # another turn of its thread has begun since
         record = Record(self.database, placement, owner, row.store, input, caller.kind == "turn", begun, lingers=True)
         work = replace(_work(backend, turn, backend.stream(turn)), journal=entries)
         return Run(turn, work, envelope_at_creation(row), record, self.kit)
@@ -164,10 +185,7 @@ class Maker:
         if builder.memory is not None and row.request is not None:
             request, caller = _unpack(row)
             backend, _ = find_route(self.routes, request.model)
-            try:
-                await backend.cancel(builder.memory, caller.bearer)
-            except IngressError as error:
-                logger.warning("the cancel of %s did not reach its upstream: %s", row.id, error.message)
+            await cancel_upstream(row.id, backend.cancel(builder.memory, caller.bearer))
         await self.close(row, Cancelled("The response was cancelled."))
 
     async def close(self, row: StoredResponse, error: IngressError) -> None:
@@ -297,11 +315,9 @@ def _new_response(
 ) -> NewResponse:
     rest, repeated = split_repeated(reduce(envelope))
     preamble = None
-    if repeated and request.store:
+    if repeated:
         payload = orjson.dumps(repeated)
         preamble = (blake2b(payload, digest_size=16).digest(), payload)
-    elif repeated and request.background:
-        rest |= repeated
     return NewResponse(
         id=envelope["id"],
         previous_response_id=request.previous_response_id,

@@ -41,6 +41,7 @@ from responses_ingress.errors import (
     InternalError,
     NotHandedOver,
     ServerRestarted,
+    StoreUnavailable,
     UpstreamError,
     UpstreamTruncated,
 )
@@ -56,13 +57,6 @@ logger = logging.getLogger(__name__)
 _STATUSES = {"context_length_exceeded": 400, "rate_limit_exceeded": 429}
 _CANCEL_PATIENCE = 5.0
 """Seconds that an upstream is given to take a cancel."""
-
-_KEPT_FIRST = frozenset({"response.output_item.done"})
-"""What nobody is told before it is in the journal (law 2)."""
-
-_SHOWN_FIRST = frozenset({"response.output_item.added"})
-"""And that neither, where another process may make the response anew as long as the journal has no output: it must
-not do so when somebody has seen some."""
 
 Deltas = AsyncGenerator[Sequence[Delta], None]
 
@@ -146,8 +140,9 @@ class Run:
         self._unwritten: list[Delta] = []  # fed to the builder, not yet in the journal
         self._written = sum(entry.events for entry in work.journal)  # number of the first event not journaled
         self._flush: asyncio.TimerHandle | None = None
-        self._memory: bytes | None = None
-        self._kept_first = _KEPT_FIRST | (_SHOWN_FIRST if self.background or work.resumable else set())
+        self._memory = _dumped(self._builder.memory)
+        self._may_begin_anew = self.background or work.resumable  # while its journal has said nothing
+        self._told = False  # its ending is committed and published
         self._must_write = False  # something waits for the journal before the backend may go on
         self._stop: IngressError | None = None  # why it ends early; nothing stops it twice
         self._started = False
@@ -165,6 +160,11 @@ class Run:
     @property
     def status(self) -> str:
         return "failed" if self._lost else self._builder.status
+
+    @property
+    def cut(self) -> bool:
+        """Whether its events stop here without an end: another process goes on with it."""
+        return self.handed_over
 
     @property
     def followed(self) -> bool:
@@ -220,7 +220,7 @@ class Run:
             await self._halt(error)
         except Exception as error:
             logger.exception("run %s failed", self.id)
-            await self._fail(InternalError(f"The server failed to run this request ({type(error).__name__})."))
+            await self._halt(InternalError(f"The server failed to run this request ({type(error).__name__})."))
         finally:
             self._close()
 
@@ -268,10 +268,12 @@ class Run:
     async def _keep(self, record: Record) -> None:
         """Law 2: text leaves at once and is written soon; anything else waits until it is written."""
         must_wait = self._behind or self._must_write or self._kit.flush_interval == 0
-        if must_wait or any(event.type in self._kept_first for event in self._held):
+        if self._may_begin_anew and self._builder.has_said:
+            must_wait, self._may_begin_anew = True, False  # nobody may see what another process could say anew
+        if must_wait or any(event.type == "response.output_item.done" for event in self._held):
             if self._unwritten:
                 self._kit.at("journal.before")
-                await self._write(record)
+                await self._written_now(record)
                 self._kit.at("journal.after")
             self._behind = self._must_write = False
             self._publish()
@@ -329,6 +331,13 @@ class Run:
         batch = append_journal(self.id, record.owner, record.placement.tenant, self._entry())
         return record.database.submit(batch)
 
+    async def _written_now(self, record: Record) -> None:
+        try:
+            await self._write(record)
+        except IngressError:
+            self._unkept = True
+            raise
+
     def _write_aside(self, record: Record) -> None:
         """Write while text goes on; where the last batch is not even committed yet, let text wait for it."""
         self._flush = None
@@ -356,11 +365,21 @@ class Run:
         """Law 3: commit the ending, then publish it."""
         self._drop_timer()
         if self._record is not None:
+            await self._aside_done()
             self._kit.at("end.before")
             ending = end(self.id, self._record.owner, self._record.placement, self._ending(self._record))
             await self._record.database.submit(ending)
             self._kit.at("end.after")
         self._publish()
+        self._told = True
+
+    async def _aside_done(self) -> None:
+        """Wait for the journal's batch on its way: without it the journal would have a gap before its end."""
+        if self._writing is not None and not self._writing.done():
+            await asyncio.wait((self._writing,))
+        if self._writing is not None and not self._writing.cancelled() and self._writing.exception() is not None:
+            self._unkept = True
+            raise StoreUnavailable("The journal of this response could not be written.", retry_after=2)
 
     def _ending(self, record: Record) -> Ending:
         response = self._builder.response()
@@ -385,6 +404,9 @@ class Run:
 
     async def _halt(self, reason: IngressError) -> None:
         """End early: handed over, cancelled or failed."""
+        if self._told:
+            logger.warning("the backend of %s failed after it had finished: %s", self.id, type(reason).__name__)
+            return
         if isinstance(reason, HandedOver):
             self.handed_over = await self._hand_over()
             if self.handed_over:
@@ -399,10 +421,10 @@ class Run:
     async def _hand_over(self) -> bool:
         """Whether another process may have the response from now on."""
         record, builder = self._record, self._builder
-        resumable = self._work.resumable and builder.memory is not None and not builder.output
+        resumable = self._work.resumable and builder.memory is not None and not builder.has_said
         if record is None or builder.ended or self._unkept or not (self.background or resumable):
             return False
-        given = hand_over(self.id, record.owner, self.thread_id, resumable=resumable, said=bool(builder.output))
+        given = hand_over(self.id, record.owner, self.thread_id, resumable=resumable, said=builder.has_said)
         try:
             await _begun(record)
             await record.database.submit(given)
@@ -416,11 +438,7 @@ class Run:
         memory = self._builder.memory
         if self._work.cancel is None or memory is None:
             return
-        try:
-            async with asyncio.timeout(_CANCEL_PATIENCE):
-                await self._work.cancel(memory)
-        except (IngressError, TimeoutError) as error:
-            logger.warning("the cancel of %s did not reach its upstream: %s", self.id, type(error).__name__)
+        await cancel_upstream(self.id, self._work.cancel(memory))
 
     async def _fail(self, error: IngressError) -> None:
         """End the response with `error`, in the database and for its followers."""
@@ -469,6 +487,15 @@ class Run:
         if self._flush is not None:
             self._flush.cancel()
             self._flush = None
+
+
+async def cancel_upstream(response_id: str, cancelling: Awaitable[None]) -> None:
+    """Wait for an upstream to take a cancel, but not for ever."""
+    try:
+        async with asyncio.timeout(_CANCEL_PATIENCE):
+            await cancelling
+    except (IngressError, TimeoutError) as error:
+        logger.warning("the cancel of %s did not reach its upstream: %s", response_id, type(error).__name__)
 
 
 def told_failure(response: Mapping[str, Any]) -> IngressError:

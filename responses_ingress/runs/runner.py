@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from responses_ingress.backends.base import Route
-from responses_ingress.core.request import Caller, Request
+from responses_ingress.core.request import Caller, Request, Retry
 from responses_ingress.errors import (
     AlreadyBegun,
     Busy,
@@ -22,6 +22,7 @@ from responses_ingress.errors import (
     CursorExpired,
     IngressError,
     InvalidRequest,
+    KeyReused,
     PlacementOutdated,
     ResponseRunning,
     ServerRestarted,
@@ -93,12 +94,15 @@ class Runner:
         self._view = View(database, self.get, self._on_followed, Tail.close, limits.disconnect_grace)
         self._runs: dict[str, Run] = {}
         self._tails: dict[str, Tail] = {}
-        self._repeatable: dict[bytes, Run] = {}  # what has no row to be found by when it is asked for again
+        self._repeatable: dict[
+            bytes, tuple[Run, bytes | None]
+        ] = {}  # what has no row to be found by when it is asked for again
         self._lines: dict[tuple[str, str], _Line] = {}
-        self._waiting = 0
+        self._coming = 0  # requests that are not runs yet
         self._creating = 0
+        self._beginning = 0  # background responses that are about to run
         self._timers: dict[str, asyncio.TimerHandle] = {}  # what ends a run that nobody follows
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[bool]] = set()
         metrics.running.set_function(lambda: len(self._runs))
 
     def get(self, response_id: str) -> Run | None:
@@ -115,7 +119,7 @@ class Runner:
         """How many more background responses this process can run."""
         if self.closing:
             return 0
-        background = sum(run.background for run in self._runs.values())
+        background = sum(run.background for run in self._runs.values()) + self._beginning
         return min(self._limits.max_background - background, self._limits.max_runs - len(self._runs))
 
     async def models(self) -> list[str]:
@@ -136,11 +140,12 @@ class Runner:
 
         gone: returns when the client has left; a request that waits for its turn is dropped then.
         """
-        is_full = len(self._runs) + self._waiting >= self._limits.max_runs and not request.background
+        is_full = len(self._runs) + self._coming >= self._limits.max_runs and not request.background
         if self.closing or is_full:
             raise Busy("The server is at its limit of running responses. Try again soon.", retry_after=1)
-        if caller.retry is not None and caller.retry.attaches and caller.retry.name in self._repeatable:
-            return self._repeatable[caller.retry.name]
+        if caller.retry is not None and (known := self._known(caller.retry)) is not None:
+            return known
+        self._coming += 1
         try:
             if request.background:
                 return await self._create_in_background(request, caller)
@@ -148,28 +153,51 @@ class Runner:
                 return await self._create(request, caller)
             return await self._create_in_line(request, caller, gone)
         except AlreadyBegun as known:
-            return await self._attach(known.response_id)
+            return await self._attach(known.response_id, request.stream)
+        finally:
+            self._coming -= 1
 
-    async def _attach(self, response_id: str) -> Run | Tail:
+    def _known(self, retry: Retry) -> Run | None:
+        """The run of a repeated request that is written nowhere."""
+        run, body = self._repeatable.get(retry.name, (None, None))
+        if run is None or not retry.attaches:
+            return None
+        if retry.body is not None and body not in (None, retry.body):
+            raise KeyReused("This Idempotency-Key was used for another request.")
+        return run
+
+    async def _attach(self, response_id: str, stream: bool) -> Run | Tail:
         """Follow the response that a repeated request has begun the first time."""
         run = self._runs.get(response_id)
-        if run is not None:
+        if run is not None and not stream and not run.background:
             return run
         async with self.database.reading() as connection:
             found = await load(connection, [response_id])
         if not found:
             raise Busy("The response that this request made is gone. Try again.", retry_after=1)
-        return self._tail(found[0])
+        return await self.follow(found[0], None)
 
     async def _create_in_background(self, request: Request, caller: Caller) -> Run | Tail:
         """Begin at once where that is possible, else wait in the queue."""
         if self.free > 0:
-            try:
-                return await self._create(request, caller)
-            except (ResponseRunning, PlacementOutdated):
-                pass
+            with self._taken():
+                try:
+                    return await self._create(request, caller)
+                except (ResponseRunning, PlacementOutdated):
+                    pass
         id = await self._maker.queue(request, caller, self._limits.max_queued)
-        return await self._attach(id)
+        async with self.database.reading() as connection:
+            (row,) = await load(connection, [id])
+        return self._tail(row)
+
+    @contextlib.contextmanager
+    def _taken(self) -> Iterator[None]:
+        """Hold a place for a background response that is about to begin."""
+        self._beginning += 1
+        try:
+            yield
+        finally:
+            self._beginning -= 1
 
     async def _create_in_line(self, request: Request, caller: Caller, gone: Gone | None) -> Run:
         """Begin a response that builds on others, when those have ended: the first that came first."""
@@ -185,7 +213,8 @@ class Runner:
                         try:
                             return await self._create(request, caller)
                         except PlacementOutdated:
-                            continue
+                            if asyncio.get_running_loop().time() < deadline:
+                                continue
                         except ResponseRunning as running:
                             busy = running
                     await self._wait(busy, ear, deadline)
@@ -202,11 +231,9 @@ class Runner:
         line = self._lines.setdefault(key, _Line()) if caller.thread_key else _Line()
         ticket = object()
         line.tickets.append(ticket)
-        self._waiting += 1
         try:
             yield line, ticket
         finally:
-            self._waiting -= 1
             line.tickets.remove(ticket)
             if not line.tickets:
                 self._lines.pop(key, None)
@@ -243,21 +270,23 @@ class Runner:
         finally:
             self._creating -= 1
         if not run.recorded and caller.retry is not None:
-            self._repeatable[caller.retry.name] = run
+            self._repeatable[caller.retry.name] = run, caller.retry.body
         return self._started(run)
 
     async def take_up(self, row: StoredResponse) -> None:
         """Run a response that this process has claimed from the queue."""
-        run = await self._maker.take_up(row)
-        if run is not None:
-            self._started(run)
+        with self._taken():
+            run = await self._maker.take_up(row)
+            if run is not None:
+                self._started(run)
 
     async def recover(self, row: StoredResponse) -> None:
         """See to a response that another process has left behind, and that is this one's now."""
-        run = await self._maker.recover(row)
-        if run is not None:
-            self._started(run)
-            if not run.followed:
+        has_room = self.free > 0
+        with self._taken():
+            run = await self._maker.recover(row, has_room=has_room)
+            if run is not None:
+                self._started(run)
                 self._on_deserted(run)
 
     def _started(self, run: Run) -> Run:
@@ -269,9 +298,10 @@ class Runner:
         return run
 
     def _on_ended(self, run: Run, began: float) -> None:
-        del self._runs[run.id]
+        if self._runs.get(run.id) is run:
+            del self._runs[run.id]
         self._take_back_timer(run)
-        for name in [name for name, one in self._repeatable.items() if one is run]:
+        for name in [name for name, (one, _) in self._repeatable.items() if one is run]:
             del self._repeatable[name]
         if run.handed_over:
             return
@@ -337,32 +367,42 @@ class Runner:
         async with self.database.transaction() as connection:
             return await delete_response(connection, tenant, response_id)
 
-    async def answer(self, asked: Sequence[tuple[str, str]]) -> None:
-        """Do what other processes ask of the runs of this one."""
+    async def answer(self, asked: Sequence[tuple[str, str]]) -> list[str]:
+        """Do what other processes ask of the runs of this one; the responses that go on all the same."""
+        going_on = []
         for response_id, what in asked:
             run = self._runs.get(response_id)
-            if run is not None and what == "cancel":
+            if run is None:
+                continue
+            if what == "cancel":
                 run.cancel(Cancelled("The response was cancelled."))
-            elif run is not None:
-                await self._end_if_deserted(run, "The next turn of the thread has taken its place.")
+            elif not await self._end_if_deserted(run, "The next turn of the thread has taken its place."):
+                going_on.append(response_id)
+        return going_on
 
     def _tail(self, row: StoredResponse) -> Tail:
-        return self._tails.get(row.id) or Tail(row, self._view)
+        known = self._tails.get(row.id)
+        return known if known is not None and not known.feed.ended else Tail(row, self._view)
 
     def _on_followed(self, tail: Tail) -> None:
-        if self._tails.setdefault(tail.id, tail) is tail:
-            tail.ended.add_done_callback(lambda _: self._tails.pop(tail.id, None))
+        self._tails[tail.id] = tail
+        tail.ended.add_done_callback(lambda _: self._forget(tail))
+
+    def _forget(self, tail: Tail) -> None:
+        if self._tails.get(tail.id) is tail:
+            del self._tails[tail.id]
 
     # Runs that nobody follows.
 
     def _on_deserted(self, run: Run) -> None:
-        if not run.goes_on:
+        if not (run.goes_on or run.followed or run.ended.done()):
             self._take_back_timer(run)
             loop = asyncio.get_running_loop()
             self._timers[run.id] = loop.call_later(self._limits.disconnect_grace, self._look_after, run)
 
     def _look_after(self, run: Run) -> None:
-        task = asyncio.create_task(self._end_if_deserted(run, "The client left."), name=f"deserted-{run.id}")
+        ending = self._end_if_deserted(run, "The client left.")
+        task = asyncio.create_task(ending, name=f"deserted-{run.id}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -371,14 +411,16 @@ class Runner:
         if timer is not None:
             timer.cancel()
 
-    async def _end_if_deserted(self, run: Run, why: str) -> None:
-        """Cancel a run that nobody follows, here or in another process."""
+    async def _end_if_deserted(self, run: Run, why: str) -> bool:
+        """Cancel a run that nobody follows, here or in another process; whether it was."""
         if run.goes_on or run.followed:
-            return
+            return False
         if run.recorded and await self._is_followed_elsewhere(run):
             self._on_deserted(run)
-        elif not run.followed:
+            return False
+        if not run.followed:
             run.cancel(Cancelled(why))
+        return not run.followed
 
     async def _is_followed_elsewhere(self, run: Run) -> bool:
         try:

@@ -11,6 +11,8 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+from sqlalchemy.ext.asyncio import AsyncConnection
+
 from responses_ingress.core.builder import Builder, Event
 from responses_ingress.core.deltas import Delta, decode
 from responses_ingress.core.envelope import Envelope
@@ -75,6 +77,11 @@ class Tail:
             self._task = asyncio.create_task(self._drive(), name=f"tail-{self.id}")
             self._view.on_followed(self)
         return self.feed.follow(first)
+
+    @property
+    def cut(self) -> bool:
+        """Whether its events stop here without an end."""
+        return self.feed.ended and self._final is None
 
     def response(self) -> Envelope:
         """The response object: its last state when it has ended."""
@@ -146,6 +153,8 @@ class Tail:
                 self._builder, self._next = _builder(row), 0
             self.row = row
             entries = await read_journal(connection, self.id, self._next)
+            if entries and row.running and await self._has_moved(connection, row.epoch):
+                return False  # it may have begun again while it was read: look again
             output = [] if row.running or row.status == "cancelled" else await read_output(connection, row)
         await self._feed(delta for entry in entries for delta in decode(entry.payload))
         if entries:
@@ -183,6 +192,9 @@ class Tail:
         new: list[Event] = [event for event in self._builder.take() if event.number >= known]
         if new:
             self.feed.publish(new)
+
+    async def _has_moved(self, connection: AsyncConnection, epoch: int) -> bool:
+        return [row.epoch for row in await load(connection, [self.id])] != [epoch]
 
     async def _sign(self) -> None:
         """Say in its row that somebody follows it, so that its process lets it go on."""

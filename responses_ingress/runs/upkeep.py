@@ -16,14 +16,15 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from responses_ingress.errors import IngressError, StoreUnavailable
 from responses_ingress.runs.runner import Runner
 from responses_ingress.store.database import Database
-from responses_ingress.store.queue import asked_of, claim_left_behind, claim_queued, is_any_due, renew_leases
+from responses_ingress.store.queue import answered, asked_of, claim_left_behind, claim_queued, is_any_due, renew_leases
 from responses_ingress.store.responses import StoredResponse
 from responses_ingress.store.retention import (
     MOST,
-    delete_beyond,
+    delete_chosen,
     delete_expired,
     delete_idle_threads,
     drop_journals,
+    find_beyond,
 )
 from responses_ingress.store.wake import ASKED, QUEUE, Ear
 
@@ -64,6 +65,7 @@ class Upkeep:
     async def close(self) -> None:
         self._stopping.set()
         await asyncio.gather(*self._tasks)
+        await self._runner.close(0)  # what was claimed when the runner closed
 
     async def _keep_up(self) -> None:
         """Renew leases three times per lease, and look for work when the bell rings or `_LOOK` has passed."""
@@ -86,7 +88,8 @@ class Upkeep:
             await self._find_work()
         except StoreUnavailable as error:
             logger.warning("upkeep is put off: %s", error.message)
-            # Every process was cut off from the database, and none could renew: first let all do so.
+            # Every process may have been cut off from the database, and none could renew: first let all do so.
+            self._renewed = -float("inf")
             self._no_recovery_before = asyncio.get_running_loop().time() + self._lease
         except Exception:  # without upkeep, leases lapse and threads are given away while they are busy
             logger.exception("upkeep failed")
@@ -110,7 +113,8 @@ class Upkeep:
         if self._runner.leased:
             async with self._database.reading() as connection:
                 asked = await asked_of(connection, self._runner.owner.name)
-            await self._runner.answer(asked)
+            for response_id in await self._runner.answer(asked):
+                await self._database.submit(answered(response_id))
 
     async def _find_work(self) -> None:
         """Claim what waits for a worker, and what has lost its own."""
@@ -120,6 +124,8 @@ class Upkeep:
             if not await is_any_due(connection, self._database.clock()):
                 return
         owner, now = self._runner.owner, self._database.clock()
+        if not 0 <= now - self._renewed <= self._lease / 2:
+            raise StoreUnavailable("The database took so long to answer that leases may have lapsed unrenewed.")
         left: list[StoredResponse] = []
         async with self._database.transaction() as connection:
             if asyncio.get_running_loop().time() >= self._no_recovery_before:
@@ -136,12 +142,18 @@ class Upkeep:
                 async with asyncio.timeout(self._retention.interval):
                     await self._stopping.wait()
             for sweep in self._sweeps():
-                try:
-                    await self._sweep(sweep)
-                except StoreUnavailable as error:
-                    logger.warning("a sweep is put off: %s", error.message)
-                except Exception:  # the other sweeps, and the next ones, are still to be done
-                    logger.exception("a sweep failed")
+                await self._try(self._sweep(sweep))
+            if (most := self._retention.most_responses) is not None:
+                await self._try(self._thin_out(most))
+
+    @staticmethod
+    async def _try(sweeping: Awaitable[None]) -> None:
+        try:
+            await sweeping
+        except StoreUnavailable as error:
+            logger.warning("a sweep is put off: %s", error.message)
+        except Exception:  # the other sweeps, and the next ones, are still to be done
+            logger.exception("a sweep failed")
 
     def _sweeps(self) -> Sequence[Sweep]:
         now, retention = self._database.clock(), self._retention
@@ -149,8 +161,6 @@ class Upkeep:
             lambda connection: drop_journals(connection, now),
             lambda connection: delete_expired(connection, now),
         ]
-        if (most := retention.most_responses) is not None:
-            sweeps.append(lambda connection: delete_beyond(connection, most))
         if (kept := retention.threads) is not None:
             sweeps.append(lambda connection: delete_idle_threads(connection, now - kept))
         return sweeps
@@ -161,6 +171,16 @@ class Upkeep:
             async with self._database.transaction() as connection:
                 if await sweep(connection) < MOST:
                     return
+            await asyncio.sleep(0)
+
+    async def _thin_out(self, most: int) -> None:
+        """Choose once, which reads much, and delete in small transactions."""
+        async with self._database.reading() as connection:
+            chosen = await find_beyond(connection, most)
+        while chosen and not self._stopping.is_set():
+            async with self._database.transaction() as connection:
+                await delete_chosen(connection, chosen[:MOST])
+            del chosen[:MOST]
             await asyncio.sleep(0)
 
 

@@ -22,6 +22,8 @@ from responses_ingress.store.writer import T, Unit, Writer, kind
 
 logger = logging.getLogger(__name__)
 
+_BOOTTIME: int | None = getattr(time, "CLOCK_BOOTTIME", None)
+
 
 @contextmanager
 def _translated() -> Iterator[None]:
@@ -33,18 +35,23 @@ def _translated() -> Iterator[None]:
         raise StoreUnavailable("The database cannot be reached now.", retry_after=2) from error
 
 
+def _steady() -> float:
+    """Seconds that never go back and, where the system can tell, go on while the host sleeps."""
+    return time.clock_gettime(_BOOTTIME) if _BOOTTIME is not None else time.monotonic()
+
+
 class DatabaseClock:
     """The database's time, which decides where hosts' clocks differ: as it was when `Database.keep_time` last
     asked, and what has passed since."""
 
     def __init__(self) -> None:
-        self._ahead = time.time() - time.monotonic()
+        self._ahead = time.time() - _steady()
 
     def __call__(self) -> float:
-        return time.monotonic() + self._ahead
+        return _steady() + self._ahead
 
     def set(self, now: float) -> None:
-        self._ahead = now - time.monotonic()
+        self._ahead = now - _steady()
 
 
 class Database:

@@ -16,6 +16,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, NullPool
 
 _BUSY_TIMEOUT_MS = 10_000
 _READERS = 4
+_CONNECT, _ANSWER = 5.0, 20.0  # seconds
 _REST = 1.0
 """Seconds after which a connection is tried before it is used. (SQLAlchemy's own way, every time, is three of the
 writer's twelve round trips to PostgreSQL.)"""
@@ -25,9 +26,9 @@ def is_sqlite(url: str) -> bool:
     return url.startswith("sqlite")
 
 
-def write_engine(url: str, synchronous: str = "normal") -> AsyncEngine:
-    """The one connection of the writer."""
-    engine = create_async_engine(url, pool_size=1, max_overflow=1, hide_parameters=True)
+def write_engine(url: str, synchronous: str = "normal", *, patient: bool = False) -> AsyncEngine:
+    """The one connection of the writer. `patient`: a statement may take as long as it does, as in a migration."""
+    engine = create_async_engine(url, pool_size=1, max_overflow=1, hide_parameters=True, **_limits(url, patient))
     if is_sqlite(url):
         _on_connect(engine, synchronous)
         event.listen(engine.sync_engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
@@ -38,7 +39,7 @@ def write_engine(url: str, synchronous: str = "normal") -> AsyncEngine:
 
 def read_engine(url: str, synchronous: str = "normal") -> AsyncEngine:
     """Connections for reading, outside any transaction."""
-    options: dict[str, Any] = {"isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None}
+    options: dict[str, Any] = {"isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None, **_limits(url)}
     engine = create_async_engine(url, pool_size=_READERS, max_overflow=_READERS, hide_parameters=True, **options)
     if is_sqlite(url):
         _on_connect(engine, synchronous)
@@ -49,7 +50,16 @@ def read_engine(url: str, synchronous: str = "normal") -> AsyncEngine:
 
 def listen_engine(url: str) -> AsyncEngine:
     """PostgreSQL: the one connection that listens. It stays open for as long as the process."""
-    return create_async_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT", hide_parameters=True)
+    options = {"isolation_level": "AUTOCOMMIT", **_limits(url)}
+    return create_async_engine(url, poolclass=NullPool, hide_parameters=True, **options)
+
+
+def _limits(url: str, patient: bool = False) -> dict[str, Any]:
+    """How long PostgreSQL may take to connect and to answer: a host that is gone without a word must count as an
+    outage before the network gives up on it, after a quarter of an hour."""
+    if is_sqlite(url):
+        return {}
+    return {"connect_args": {"timeout": _CONNECT, "command_timeout": None if patient else _ANSWER}}
 
 
 def _on_use(engine: AsyncEngine) -> None:

@@ -15,6 +15,7 @@ from sqlalchemy import (
     Table,
     and_,
     bindparam,
+    case,
     exists,
     func,
     literal_column,
@@ -30,7 +31,15 @@ from responses_ingress.errors import NotHandedOver, QueueFull
 from responses_ingress.ids import is_named
 from responses_ingress.store.responses import StoredResponse, load
 from responses_ingress.store.tables import is_running, responses, threads
-from responses_ingress.store.turns import DELETE_JOURNAL, add_response, check_lease, check_repeat, told_in, write_end
+from responses_ingress.store.turns import (
+    DELETE_JOURNAL,
+    add_response,
+    check_lease,
+    check_previous,
+    check_repeat,
+    told_in,
+    write_end,
+)
 from responses_ingress.store.values import Ending, NewResponse, Owner, Placement
 from responses_ingress.store.wake import ASKED, QUEUE
 from responses_ingress.store.writer import RUNNING, Batch, Unit
@@ -45,14 +54,16 @@ def enqueue(new: NewResponse, placement: Placement, most: int) -> Unit[None]:
 
     def apply(batch: Batch) -> None:
         check_repeat(batch, new.retry)
+        check_previous(batch, new.previous_response_id)
         if batch.queued >= most:
             raise QueueFull("Too many responses wait to be run. Try again later.", retry_after=_PATIENCE)
         batch.queued += 1
         add_response(batch, new, placement, None)
         batch.ring(QUEUE)
 
-    repeats = (new.retry.name,) if new.retry is not None and new.retry.attaches else ()
-    return Unit(apply, preambles=told_in(new, placement), repeats=repeats, counts_queue=True)
+    previous = (new.previous_response_id,) if new.previous_response_id else ()
+    repeats = (new.retry.name,) if new.retry is not None else ()
+    return Unit(apply, previous, preambles=told_in(new, placement), repeats=repeats, counts_queue=True)
 
 
 _is_due = and_(is_running, responses.c.lease_until <= bindparam("now"))
@@ -78,6 +89,7 @@ _another_is_first = and_(
     _is_named,
     exists().where(
         _ahead.c.thread_id == responses.c.thread_id,
+        _ahead.c.status.in_([literal_column("'queued'"), literal_column("'in_progress'")]),  # as the index says
         _ahead.c.status == literal_column("'queued'"),
         _ahead.c.id != responses.c.id,
         or_(
@@ -96,7 +108,8 @@ _DUE = (
 
 
 def _claim(which: Any) -> Executable:
-    """Make the responses that have waited longest this worker's, past those another is claiming just now."""
+    """Make the responses that have waited longest this worker's, past those another is claiming just now. One that
+    had an owner has seen its process die."""
     chosen = (
         select(responses.c.id)
         .where(_is_due, which)
@@ -108,7 +121,12 @@ def _claim(which: Any) -> Executable:
     return (
         update(responses)
         .where(responses.c.id.in_(select(chosen.c.id)))
-        .values(owner=bindparam("who"), epoch=responses.c.epoch + 1, lease_until=bindparam("until"))
+        .values(
+            owner=bindparam("who"),
+            epoch=responses.c.epoch + 1,
+            lease_until=bindparam("until"),
+            attempts=responses.c.attempts + case((responses.c.owner.is_not(None), 1), else_=0),
+        )
         .returning(responses.c.id)
     )
 
@@ -240,6 +258,22 @@ _ASKED = select(responses.c.id, responses.c.asked).where(
 async def asked_of(connection: AsyncConnection, owner: str) -> list[tuple[str, Literal["cancel", "yield"]]]:
     """What others ask of the responses that `owner` runs."""
     return [(row.id, row.asked) for row in await connection.execute(_ASKED, {"who": owner})]
+
+
+_ANSWERED = (
+    update(responses)
+    .where(responses.c.id == bindparam("response"), responses.c.asked == literal_column("'yield'"))
+    .values(asked=null())
+)
+
+
+def answered(response_id: str) -> Unit[None]:
+    """It was asked to make way and does not, because somebody follows it."""
+
+    def apply(batch: Batch) -> None:
+        batch.add(_ANSWERED, response=response_id)
+
+    return Unit(apply, responses=(response_id,))
 
 
 _SIGN = (

@@ -48,6 +48,7 @@ class StoredResponse(NamedTuple):
     store: bool
     owner: str | None
     epoch: int
+    attempts: int
     asked: str | None
     followed_until: float | None
     created_at: int

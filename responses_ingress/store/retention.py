@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import Row, bindparam, delete, exists, func, or_, select, update
+from sqlalchemy import Row, bindparam, delete, exists, func, literal_column, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from responses_ingress.errors import InvalidRequest
@@ -41,7 +41,11 @@ async def delete_response(connection: AsyncConnection, tenant: str, response_id:
         return False
     if row.running:
         raise InvalidRequest("Cannot delete an in-flight response.")
-    return await _delete(connection, [row.id]) > 0
+    if await _delete(connection, [row.id]):
+        return True
+    if await find_response(connection, tenant, response_id) is not None:
+        raise InvalidRequest("Cannot delete a response that one in the queue builds on.")
+    return False
 
 
 _EXPIRED = (
@@ -68,16 +72,17 @@ _ranked = (
     .where(*_kept, responses.c.tenant.in_(_over))
     .subquery()
 )
-_BEYOND = (
-    select(responses.c.id)
-    .where(responses.c.id.in_(select(_ranked.c.id).where(_ranked.c.rank > bindparam("most")).limit(MOST)))
-    .with_for_update(skip_locked=True, of=responses)
-)
+_BEYOND = select(_ranked.c.id).where(_ranked.c.rank > bindparam("most"))
 
 
-async def delete_beyond(connection: AsyncConnection, most: int) -> int:
-    """Delete some of the responses beyond a tenant's `most`, those unused for longest first; how many."""
-    return await _delete(connection, (await connection.execute(_BEYOND, {"most": most})).scalars().all())
+async def find_beyond(connection: AsyncConnection, most: int) -> list[str]:
+    """The responses beyond a tenant's `most`, those unused for longest."""
+    return list((await connection.execute(_BEYOND, {"most": most})).scalars())
+
+
+async def delete_chosen(connection: AsyncConnection, ids: Sequence[str]) -> int:
+    """Delete these responses, those that are still there and have ended; how many."""
+    return await _delete(connection, ids)
 
 
 _PAST = (
@@ -123,7 +128,19 @@ async def delete_idle_threads(connection: AsyncConnection, before: float) -> int
     return len(ids)
 
 
-_DELETE = delete(responses).where(responses.c.id.in_(bindparam("ids", expanding=True)), ~is_running).returning(*_CHOSEN)
+_waiting = responses.alias("waiting")
+_is_waited_for = exists().where(
+    _waiting.c.previous_response_id == responses.c.id,
+    _waiting.c.status.in_([literal_column("'queued'"), literal_column("'in_progress'")]),
+    _waiting.c.base.is_(None),
+)
+"""A response in the queue builds on it, and has not begun to."""
+
+_DELETE = (
+    delete(responses)
+    .where(responses.c.id.in_(bindparam("ids", expanding=True)), ~is_running, ~_is_waited_for)
+    .returning(*_CHOSEN)
+)
 
 
 async def _delete(connection: AsyncConnection, ids: Sequence[str]) -> int:

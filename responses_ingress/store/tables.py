@@ -115,6 +115,7 @@ responses = Table(
     Column("owner", Text),
     Column("lease_until", Float),  # from then on it is anybody's: to begin, to go on with, or to close
     Column("epoch", Integer, nullable=False),
+    Column("attempts", Integer, nullable=False, server_default="0"),  # how often its process died
     Column("asked", Text),  # what is asked of its owner: `cancel`, or to make way (`yield`) if nobody follows
     Column("followed_until", Float),  # who follows it in another process says so; null: nobody ever did
     Column("retry_key", LargeBinary),  # by what a repeated request is known, and the digest of its body

@@ -113,7 +113,7 @@ def begin(new: NewResponse, placement: Placement, owner: Owner, keep: Keep = DEF
 
     def apply(batch: Batch) -> None:
         check_repeat(batch, new.retry)
-        _check_previous(batch, new.previous_response_id)
+        check_previous(batch, new.previous_response_id)
         _take_place(batch, new.id, new.created_at, new.lineage, placement, owner)
         _use_previous(batch, new.previous_response_id, keep)
         add_response(batch, new, placement, owner)
@@ -124,7 +124,7 @@ def begin(new: NewResponse, placement: Placement, owner: Owner, keep: Keep = DEF
         threads=(placement.thread_id,) if placement.exclusive else (),
         branches=_relied_on(placement),
         preambles=told_in(new, placement),
-        repeats=(new.retry.name,) if new.retry is not None and new.retry.attaches else (),
+        repeats=(new.retry.name,) if new.retry is not None else (),
     )
 
 
@@ -142,7 +142,7 @@ def begin_claimed(
 
     def apply(batch: Batch) -> None:
         check_lease(batch, row.id, owner)
-        _check_previous(batch, previous)
+        check_previous(batch, previous)
         _take_place(batch, row.id, row.created_at, lineage, placement, owner)
         _use_previous(batch, previous, keep)
         batch.add(DELETE_JOURNAL, response=row.id)
@@ -169,7 +169,26 @@ def begin_claimed(
     )
 
 
-def _check_previous(batch: Batch, previous: str | None) -> None:
+def go_on(response_id: str, placement: Placement, owner: Owner) -> Unit[None]:
+    """Let a response that this worker has taken over go on as it is. Raises `ThreadBusy` where its thread's turn
+    is another's by now."""
+
+    def apply(batch: Batch) -> None:
+        check_lease(batch, response_id, owner)
+        thread = batch.threads.get(placement.thread_id)
+        if thread is None:
+            return
+        if thread.running not in (None, response_id) and thread.lease_until > batch.now:
+            raise ThreadBusy(thread.running or "")
+        thread.running, thread.lease_until = response_id, batch.now + owner.lease
+        batch.set_thread(thread)
+
+    threads = (placement.thread_id,) if placement.exclusive else ()
+    return Unit(apply, responses=(response_id,), threads=threads)
+
+
+def check_previous(batch: Batch, previous: str | None) -> None:
+    """Raise `PlacementOutdated` where what a response builds on is gone."""
     if previous is not None and previous not in batch.leases:
         raise PlacementOutdated  # deleted since it was read, and maybe its items with it
 
@@ -192,9 +211,10 @@ def check_repeat(batch: Batch, retry: Retry | None) -> None:
     no answer to a request that is made again."""
     if retry is None or not retry.attaches:
         return
-    for known in batch.repeats:
-        if known.name != retry.name:
-            continue
+    made = [known for known in batch.repeats if known.name == retry.name]
+    for known in made:
+        if known.created_at < made[0].created_at:
+            return  # the last time, it failed
         ended_well = known.status in ("completed", "incomplete")
         if known.status in RUNNING or (ended_well and (known.journal_until or 0) > batch.now):
             if retry.body is not None and known.body not in (None, retry.body):
@@ -281,7 +301,7 @@ def add_response(batch: Batch, new: NewResponse, placement: Placement, owner: Ow
     epoch = owner.epoch if owner is not None else 0
     batch.leases[new.id] = Lease(epoch, new.status, owner.name if owner is not None else None)
     if new.retry is not None:
-        batch.repeats.insert(0, Repeat(new.id, new.retry.name, new.retry.body, new.status, None))
+        batch.repeats.insert(0, Repeat(new.id, new.retry.name, new.retry.body, new.status, None, new.created_at))
     batch.add(
         _INSERT_RESPONSE,
         id=new.id,

@@ -81,6 +81,7 @@ class Repeat(NamedTuple):
     body: bytes | None
     status: str
     journal_until: float | None
+    created_at: int
 
 
 @dataclass(slots=True)
@@ -237,12 +238,14 @@ _REPEATS = (
         responses.c.retry_body.label("body"),
         responses.c.status,
         responses.c.journal_until,
+        responses.c.created_at,
     )
     .where(responses.c.retry_key.in_(bindparam("ids", expanding=True)))
     .order_by(responses.c.created_at.desc(), responses.c.id.desc())
 )
 _QUEUED = select(func.count()).select_from(responses).where(is_running, responses.c.status == "queued")
 _LOCK_NAME = text("SELECT pg_advisory_xact_lock(:name)")
+_QUEUE_LOCK = 7_230_517_665
 _NOTIFY = text("SELECT pg_notify(:channel, :payload)")
 
 
@@ -384,6 +387,8 @@ class Writer:
             batch.preambles.update((row.tenant, row.digest) for row in await connection.execute(_PREAMBLES, keys))
         batch.repeats = [Repeat(**row._mapping) for row in await _fetch(connection, _REPEATS, names)]
         if any(unit.counts_queue for unit in units):
+            if self._many:  # so that no two workers fill the same last place
+                await connection.execute(_LOCK_NAME, {"name": _QUEUE_LOCK})
             batch.queued = (await connection.execute(_QUEUED)).scalar_one()
         return batch
 

@@ -83,10 +83,12 @@ async def reply_stream(exchange: Exchange, run: Run | Tail, options: StreamOptio
         if refused is not None:
             raise refused
         await exchange.start(200, _STREAM_HEADERS)
-        await _stream(exchange, follower, options)
+        await _stream(exchange, run, follower, options)
 
 
-async def _stream(exchange: Exchange, follower: Follower, options: StreamOptions) -> None:
+async def _stream(exchange: Exchange, run: Run | Tail, follower: Follower, options: StreamOptions) -> None:
+    """A stream that is cut short, because another process goes on with the run, is not ended either: the client
+    must not take it for whole."""
     loop = asyncio.get_running_loop()
     silence = _KEEPALIVE if is_codex(exchange.headers) else _COMMENT
     last = loop.time()
@@ -104,7 +106,7 @@ async def _stream(exchange: Exchange, follower: Follower, options: StreamOptions
     if lost is not None and lost.type == "response.failed":
         # The client has seen events that a crash took away; the end that followed has a number below theirs.
         await exchange.write(frame(lost.type, lost.data))
-    if not follower.left:
+    if not follower.left and not run.cut:
         await exchange.write(b"data: [DONE]\n\n" if options.done else b"", more=False)
 
 

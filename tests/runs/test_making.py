@@ -106,7 +106,7 @@ async def test_what_takes_its_process_down_each_time_is_ended(migrated_database:
     async with dying(migrated_database) as dead:
         left = await dead.play([Accepted()], asyncio.Event(), background=True)
         await until(lambda: dead.journal(left.id))
-        dead.stranger.execute("UPDATE responses SET epoch = 5 WHERE id = ?", left.id)
+        dead.stranger.execute("UPDATE responses SET attempts = 5 WHERE id = ?", left.id)
         async with survivor(migrated_database, spoken("whole")) as found:
             await until(lambda: found.row(left.id)["status"] == "failed")
             assert found.backend.calls == []

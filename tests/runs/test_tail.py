@@ -71,7 +71,7 @@ async def test_a_follower_in_the_process_of_the_run_gets_text_before_it_is_journ
     await taken(run, "so far")
     with (await unhurried.runner.follow(await row_of(unhurried, run.id), None)).follow() as follower:
         await read_until(follower, "response.output_text.delta")
-    assert unhurried.journal(run.id) == []
+    assert not any(b"so far" in entry["payload"] for entry in unhurried.journal(run.id))
 
 
 async def test_a_tail_that_began_before_its_run_goes_on_with_it(migrated_database: str) -> None:
@@ -86,7 +86,7 @@ async def test_a_tail_that_began_before_its_run_goes_on_with_it(migrated_databas
             await read_until(follower, "response.queued")
             hold.set()
             await read_until(follower, "response.output_text.delta")
-            assert stage.journal(waiting.id) == []
+            assert not any(b"live" in entry["payload"] for entry in stage.journal(waiting.id))
             later.set()
             await follower.end()
         check_stream(parsed(waiting.feed.events))

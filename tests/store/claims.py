@@ -1,12 +1,14 @@
 """What a worker claims, asks and finds asked, for tests of the queue and of leases."""
 
 from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from responses_ingress.store.queue import (
     asked_of,
     is_any_due,
 )
 from responses_ingress.store.responses import StoredResponse
+from responses_ingress.store.retention import delete_chosen, find_beyond
 from responses_ingress.store.tables import responses
 from responses_ingress.store.turns import begin_claimed
 from responses_ingress.store.values import Ending, Entry, Keep
@@ -44,3 +46,8 @@ async def begin_waiting(desk: Desk, row: StoredResponse, key: str | None = None)
     """Let what was claimed begin, in the session `key` or alone."""
     place = await desk.session(key, row.tenant) if key else desk.chain(row.tenant)
     await desk.database.submit(begin_claimed(row, None, place, desk.as_owner(row), b"[]"))
+
+
+async def delete_beyond(connection: AsyncConnection, most: int) -> int:
+    """Choose what is beyond a tenant's `most`, and delete it in one go."""
+    return await delete_chosen(connection, await find_beyond(connection, most))

@@ -16,9 +16,10 @@ from responses_ingress.errors import PlacementOutdated
 from responses_ingress.ids import named_thread
 from responses_ingress.store.database import Database
 from responses_ingress.store.queue import cancel, hand_over
-from responses_ingress.store.retention import delete_beyond, delete_expired, delete_idle_threads, drop_journals
+from responses_ingress.store.retention import delete_expired, delete_idle_threads, drop_journals
 from responses_ingress.store.turns import begin, use
 from responses_ingress.store.values import Ending, Entry, Keep
+from tests.store.claims import delete_beyond
 from tests.store.desk import LEASE, NOW, Desk, at_desk
 
 PREAMBLE = (b"digest", b'{"instructions":"long"}')

@@ -16,7 +16,6 @@ from responses_ingress.store.queue import hand_over
 from responses_ingress.store.responses import find_response, load, read_journal
 from responses_ingress.store.retention import (
     MOST,
-    delete_beyond,
     delete_expired,
     delete_idle_threads,
     delete_response,
@@ -25,6 +24,7 @@ from responses_ingress.store.retention import (
 from responses_ingress.store.tables import responses
 from responses_ingress.store.turns import append_journal, use
 from responses_ingress.store.values import Entry, Keep
+from tests.store.claims import delete_beyond
 from tests.store.desk import LEASE, Clock, Desk, at_desk
 
 NOTHING = {"responses": 0, "branches": 0, "items": 0, "journal": 0}
