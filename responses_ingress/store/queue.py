@@ -69,11 +69,13 @@ def enqueue(new: NewResponse, placement: Placement, most: int) -> Unit[None]:
 _is_due = and_(is_running, responses.c.lease_until <= bindparam("now"))
 _parents = responses.alias("parents")
 _parent_runs = exists().where(_parents.c.id == responses.c.previous_response_id, _parents.c.status.in_(RUNNING))
+# Also while the lease of its turn has run out: whoever claims that one sees to it first, and it may go on.
+_holders = responses.alias("holders")
 _thread_is_busy = exists().where(
     threads.c.id == responses.c.thread_id,
-    threads.c.running.is_not(None),
     threads.c.running != responses.c.id,
-    threads.c.lease_until > bindparam("now"),
+    _holders.c.id == threads.c.running,
+    _holders.c.status.in_(RUNNING),
 )
 _ahead = responses.alias("ahead")
 

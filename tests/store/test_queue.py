@@ -171,12 +171,26 @@ async def test_a_turn_waits_while_another_has_its_thread(desk: Desk) -> None:
     assert await claimed(desk) == [waiting]
 
 
-async def test_a_turn_does_not_wait_for_one_whose_lease_ran_out(desk: Desk) -> None:
+async def test_a_turn_waits_until_the_one_before_it_that_was_left_behind_is_seen_to(desk: Desk) -> None:
+    """That one may go on, or begin again: it came first."""
     place = await desk.session()
-    await desk.begin(place)
+    running = await desk.begin(place)
     waiting = await desk.wait(place.thread_id)
     desk.clock.now += LEASE
+    assert await claimed(desk) == []
+    [row] = await desk.claim_left()
+    assert (row.id, await claimed(desk)) == (running, [])
+    await desk.end(running, place, ["a"], ["half"], status="failed", owner=desk.as_owner(row))
     assert await claimed(desk) == [waiting]
+
+
+async def test_a_turn_whose_thread_is_still_its_own_is_claimed(desk: Desk) -> None:
+    """It had begun, and was put back before its thread was given to anybody else."""
+    response_id = await desk.begin(await desk.session(), background=True)
+    desk.clock.now += LEASE
+    [row] = await desk.claim_left()
+    await desk.database.submit(put_back(row, desk.as_owner(row), 0))
+    assert await claimed(desk) == [response_id]
 
 
 async def test_of_turns_that_wait_for_one_thread_only_the_first_is_claimed(desk: Desk, other_desk: Desk) -> None:
