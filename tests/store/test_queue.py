@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sqlalchemy import delete
 
 from responses_ingress.core.request import Retry
 from responses_ingress.errors import (
@@ -25,6 +26,7 @@ from responses_ingress.store.queue import (
     sign,
 )
 from responses_ingress.store.responses import read_journal
+from responses_ingress.store.tables import responses
 from responses_ingress.store.values import Ending, Entry, Keep, Owner
 from responses_ingress.store.wake import QUEUE
 from tests.store.claims import begin_waiting, claimed, is_due, lease_of, left
@@ -148,7 +150,10 @@ async def test_a_child_waits_for_a_parent_that_waits(desk: Desk) -> None:
 
 
 async def test_a_child_of_what_is_gone_is_claimed_so_that_it_can_be_told(desk: Desk) -> None:
-    child = await desk.wait(previous_response_id="resp_gone")
+    parent = await desk.turn(desk.chain(), "a", "1")
+    child = await desk.wait(previous_response_id=parent)
+    async with desk.database.transaction() as connection:
+        await connection.execute(delete(responses).where(responses.c.id == parent))
     assert await claimed(desk) == [child]
 
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import delete, select
 
 from responses_ingress.core.request import Retry
-from responses_ingress.errors import AlreadyBegun, KeyReused, PlacementOutdated, StaleWriter, ThreadBusy
+from responses_ingress.errors import AlreadyBegun, InvalidRequest, KeyReused, PlacementOutdated, StaleWriter, ThreadBusy
 from responses_ingress.store.queue import cancel, hand_over
 from responses_ingress.store.responses import StoredResponse
 from responses_ingress.store.retention import drop_journals
@@ -227,21 +227,33 @@ async def test_what_was_cancelled_does_not_begin(desk: Desk) -> None:
         await begin_it(desk, row, await desk.session())
 
 
-@pytest.mark.parametrize("began", ["now", "claimed"])
+@pytest.mark.parametrize("began", ["now", "queued", "claimed"])
 async def test_nothing_begins_behind_a_parent_that_is_gone(desk: Desk, began: str) -> None:
     """Its items may be gone too, and their place another's."""
     root = await desk.turn(desk.chain(), "a", "1")
     parent = await desk.turn(await desk.after(root), "b", "2")
     place = await desk.after(parent)
-    row = await claimed(desk, previous_response_id=parent)
-    assert await desk.delete(parent)
-    await desk.turn(await desk.after(root), "c", "3")  # as long as the other was
+    row = await claimed(desk, previous_response_id=parent) if began == "claimed" else None
+    async with desk.database.transaction() as connection:
+        await connection.execute(delete(responses).where(responses.c.id == parent))
     with pytest.raises(PlacementOutdated):
         if began == "now":
             await desk.begin(place, previous_response_id=parent)
+        elif row is None:
+            await desk.wait(previous_response_id=parent)
         else:
             await begin_it(desk, row, place)
-    assert (await desk.row(row.id)).status == "queued"
+    assert row is None or (await desk.row(row.id)).status == "queued"
+
+
+async def test_what_a_waiting_response_builds_on_is_not_deleted(desk: Desk) -> None:
+    parent = await desk.turn(desk.chain(), "a", "1")
+    place = await desk.after(parent)
+    row = await claimed(desk, previous_response_id=parent)
+    with pytest.raises(InvalidRequest, match="one in the queue"):
+        await desk.delete(parent)
+    await begin_it(desk, row, place)
+    assert await desk.delete(parent)
 
 
 async def test_a_thread_does_not_begin_on_another_that_was_cut_off(desk: Desk) -> None:
