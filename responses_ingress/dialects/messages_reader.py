@@ -200,10 +200,9 @@ class MessagesReader:
             self._entry = Prose("message")
             self._length = 0
         self._start = self._length
-        self._citations = []
         self._text(block)
-        for citation in block.get("citations") or ():
-            self._citations.append(_object(citation))
+        citations = block.get("citations")
+        self._citations = [_object(citation) for citation in citations] if isinstance(citations, list) else []
 
     def _begin_thinking(self, block: Json) -> None:
         self._open(_Thought(self._thinking, {}))
@@ -216,6 +215,8 @@ class MessagesReader:
     def _begin_call(self, block: Json) -> None:
         call = Call(self._tools)
         call.id, call.name = _string(block.get("id")), _string(block.get("name"))
+        if not call.name:
+            raise _invalid()
         self._input, self._pieces = _object(block.get("input") or {}), 0
         self._open(call)
 
