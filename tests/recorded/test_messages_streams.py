@@ -91,7 +91,9 @@ def expected_of(blocks: Sequence[Json]) -> list[tuple[Any, ...]]:
         elif kind == "redacted_thinking":
             made += [("reasoning", "", block["data"]) for block in same]
         elif kind == "tool_use":
-            made += [("call", block["id"], block["name"], block["input"] or orjson.loads(block["json"])) for block in same]
+            made += [
+                ("call", block["id"], block["name"], block["input"] or orjson.loads(block["json"])) for block in same
+            ]
     return made
 
 
