@@ -22,7 +22,7 @@ def source(kind: str, media: str, data: str) -> Json:
     [
         ("hi", [text_block("hi")]),
         (
-            [{"type": "input_text", "text": "a"}, {"type": "input_text", "text": " "}, "c", {"type": "odd"}],
+            [{"type": "input_text", "text": "a"}, {"type": "input_text", "text": " "}, "c", {}],
             [text_block("a")],
         ),
         (
