@@ -93,11 +93,14 @@ def encode(turn: Turn, options: MessagesOptions, backend: str, *, recall: bool =
     return MessagesCall(body, box.names, summarized, box.dropped, transcript.recalls, transcript.foreign)
 
 
-_UNREADABLE = re.compile(rb"signature.{0,40}thinking|thinking.{0,80}cannot be modified", re.IGNORECASE | re.DOTALL)
+_UNREADABLE = re.compile(
+    rb"signature.{0,40}thinking|thinking.{0,80}cannot be modified|expected .{0,3}thinking", re.IGNORECASE | re.DOTALL
+)
 
 
 def refuses_thinking(status: int, body: bytes) -> bool:
-    """Whether this is the refusal of thinking that was made for another account, model or conversation."""
+    """Whether this is the refusal of thinking that was made for another account, model or conversation, or of
+    which a part is missing."""
     return status == 400 and bool(_UNREADABLE.search(body))
 
 

@@ -475,6 +475,7 @@ def test_thinking_goes_back_as_it_came_or_not_at_all() -> None:
     [
         (400, "messages.1.content.0: Invalid `signature` in `thinking` block", True),
         (400, "`thinking` or `redacted_thinking` blocks in the latest assistant message cannot be modified.", True),
+        (400, "messages.1.content.0.type: Expected `thinking` or `redacted_thinking`, but found `tool_use`.", True),
         (400, "max_tokens must be greater than thinking.budget_tokens", False),
         (500, "Invalid `signature` in `thinking` block", False),
     ],

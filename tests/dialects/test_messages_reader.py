@@ -426,7 +426,7 @@ def test_the_body_of_an_error_event() -> None:
     assert reader.ended and reader.feed(reason()) == reader.end() == []
 
 
-BAD = [
+BAD: list[Any] = [
     None,
     [],
     "text",
@@ -475,7 +475,7 @@ def whole(content: Any, reason: Any = "end_turn", **fields: Any) -> list[Delta]:
 
 
 def test_a_whole_message() -> None:
-    blocks = [
+    blocks: list[Json] = [
         {"type": "thinking", "thinking": "why", "signature": "S"},
         {"type": "redacted_thinking", "data": "D"},
         {"type": "text", "text": "s"},
