@@ -32,7 +32,7 @@ _AFTERMATH = 5.0
 _LISTING = 5.0
 """Seconds that a server may take to list its models."""
 
-_HOSTED = frozenset(
+HOSTED = frozenset(
     (
         *("web_search", "web_search_2025_08_26", "web_search_preview", "web_search_preview_2025_03_11"),
         *("file_search", "code_interpreter", "image_generation", "mcp", "tool_search"),
@@ -84,7 +84,7 @@ class ChatBackend:
 
     def _tell(self, dropped: Sequence[str]) -> None:
         """Log each kind of tool that is left out, once: codex sends `web_search` with every request."""
-        new = {kind if kind in _HOSTED else "other" for kind in dropped} - self._told
+        new = {kind if kind in HOSTED else "other" for kind in dropped} - self._told
         if new:
             self._told.update(new)
             logger.info("upstream %s has no hosted tools; left out: %s", self.name, ", ".join(sorted(new)))

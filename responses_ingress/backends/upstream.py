@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 from weakref import WeakSet
@@ -60,7 +60,8 @@ class Timeouts:
 class Upstream:
     """Where a backend's requests go. `url` is the API's base, such as `http://127.0.0.1:11434/v1`.
 
-    key is sent as bearer; with `pass_bearer` the client's own bearer is sent where there is one.
+    key is sent as bearer, or as `x-api-key` (Anthropic); with `pass_bearer` the client's own bearer is sent
+    instead where there is one.
     """
 
     name: str
@@ -69,11 +70,15 @@ class Upstream:
     pass_bearer: bool = False
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     timeouts: Timeouts = field(default_factory=Timeouts)
+    authorization: Literal["bearer", "x-api-key"] = "bearer"
 
     def request_headers(self, bearer: str | None) -> dict[str, str]:
         key = (bearer if self.pass_bearer else None) or self.key
-        authorization = {"authorization": f"Bearer {key}"} if key else {}
-        return {"content-type": "application/json", **authorization, **self.headers}
+        if key and self.authorization == "bearer":
+            sent = {"authorization": f"Bearer {key}"}
+        else:
+            sent = {"x-api-key": key} if key else {}
+        return {"content-type": "application/json", **sent, **self.headers}
 
 
 _reused: ContextVar[float | None] = ContextVar("reused")

@@ -104,6 +104,26 @@ async def test_the_clients_bearer_is_passed_on_only_where_that_is_set(
     assert upstream.calls[0].headers.get("authorization") == sent
 
 
+@pytest.mark.parametrize(
+    ("fields", "bearer", "sent"),
+    [
+        ({}, None, None),
+        ({"key": "ours"}, "theirs", "ours"),
+        ({"key": "ours", "pass_bearer": True}, "theirs", "theirs"),
+        ({"pass_bearer": True}, None, None),
+    ],
+    ids=str,
+)
+async def test_a_key_can_go_into_a_header_of_its_own(
+    upstream: Scripted, fields: Mapping[str, Any], bearer: str | None, sent: str | None
+) -> None:
+    upstream.script(FINE)
+    async with client_of(upstream.url, authorization="x-api-key", **fields) as client:
+        await ask(client, bearer)
+    headers = upstream.calls[0].headers
+    assert (headers.get("x-api-key"), headers.get("authorization")) == (sent, None)
+
+
 async def test_a_list_of_models_is_asked_for_with_our_own_key_only(upstream: Scripted) -> None:
     async with client_of(upstream.url, key="ours", pass_bearer=True, headers={"x-org": "us"}) as client:
         assert (await client.get_json("/models"))["data"][0]["id"] == "test-model"
