@@ -25,6 +25,7 @@ class Provider(Upstream):
 
     def __init__(self, *answers: Answer, models: Sequence[str] = ("test-model",)) -> None:
         super().__init__(*answers, models=models)
+        self.on_cancel: Answer = Reply(response("cancelled"))
         self._looks: deque[Answer] = deque()
 
     @property
@@ -52,7 +53,7 @@ class Provider(Upstream):
         async with self._arrived:
             self._arrived.notify_all()
         if received.path.endswith("/cancel"):
-            return Reply(response("cancelled"))
+            return self.on_cancel
         source = self._script if received.path == CREATE else self._looks
         if not source:
             return Reply({"error": {"message": "The test's script foresees no such call."}}, status=418)

@@ -32,6 +32,7 @@ OUTPUT: list[Json] = [{**reasoning(), "encrypted_content": "gAAA="}, text_item("
 SEALED: list[Json] = [{**OUTPUT[0], "encrypted_content": "scripted:gAAA="}, *OUTPUT[1:]]
 NAMED = "thread_0123456789abcdef01" + 32 * "0"
 CHAIN = ResponsesOptions(chain=True)
+BROKEN = {"code": "odd", "message": "It broke."}
 HI, AGAIN = user_message("hi"), user_message("again")
 FORGOTTEN = Reply({"error": {"code": "previous_response_not_found", "param": "previous_response_id"}}, status=400)
 NOT_ENCRYPTED = Reply(
@@ -217,7 +218,7 @@ async def test_an_upstream_that_falls_silent_is_given_up(provider: Provider) -> 
         b'event: error\ndata: {"code": "odd", "message": "It broke.", "param": null}\n\n',
         b'event: error\ndata: {"error": {"code": "odd", "message": "It broke."}}\n\n',
         b'data: {"error": {"code": "odd", "message": "It broke."}}\n\n',
-        named({"type": "error", "error": {"code": "odd", "message": "It broke."}}),
+        named({"type": "error", "error": BROKEN}),
         named(
             {"type": "response.failed", "response": response("failed", error={"code": "odd", "message": "It broke."})}
         ),
@@ -228,7 +229,7 @@ async def test_an_error_inside_the_stream_fails_the_response(
 ) -> None:
     provider.script(Stream([*events(text_item("hi"))[:4], event, asyncio.Event()]))
     deltas = await deltas_of(backend)
-    assert (finish_of(deltas).status, finish_of(deltas).error) == ("failed", {"code": "odd", "message": "It broke."})
+    assert (finish_of(deltas).status, finish_of(deltas).error) == ("failed", BROKEN)
     await provider.closed(0)
 
 

@@ -135,7 +135,7 @@ def test_an_item_that_another_refers_to_keeps_its_id() -> None:
 
 
 def test_nulls_are_left_out_where_they_mean_nothing() -> None:
-    part = {"type": "output_text", "text": "hm", "annotations": [], "logprobs": None}
+    part: Json = {"type": "output_text", "text": "hm", "annotations": [], "logprobs": None}
     tool = {"type": "function", "name": "f", "parameters": {"default": None}, "strict": None}
     tools = {"type": "additional_tools", "role": "developer", "tools": [tool]}
     assert sent({"type": "message", "role": "assistant", "content": [part, "odd"], "phase": None}, tools) == [
