@@ -26,6 +26,7 @@ class Provider(Upstream):
     def __init__(self, *answers: Answer, models: Sequence[str] = ("test-model",)) -> None:
         super().__init__(*answers, models=models)
         self.on_cancel: Answer = Reply(response("cancelled"))
+        self.on_models: Answer | None = None
         self._looks: deque[Answer] = deque()
 
     @property
@@ -45,9 +46,14 @@ class Provider(Upstream):
         """Add what polls find, one answer each; the last one stays."""
         self._looks.extend(answers)
 
+    def looks_over(self) -> None:
+        """Forget the answer that stayed."""
+        self._looks.clear()
+
     async def take(self, received: Received) -> Answer:
         if not received.path.startswith(CREATE):
-            return await super().take(received)
+            listed = await super().take(received)
+            return self.on_models or listed
         received.number = len(self.requests)
         self.requests.append(received)
         async with self._arrived:

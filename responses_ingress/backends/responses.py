@@ -43,7 +43,7 @@ _DONE = b"[DONE]"
 _LISTING = 5.0
 """Seconds that a server may take to list its models."""
 
-_OURS = frozenset([*DEFAULTS, "model", "conversation", "prompt"]) - {"service_tier"}
+_OURS = frozenset([*DEFAULTS, "model", "conversation", "prompt", "input", "output_text"]) - {"service_tier"}
 """Fields of a response that tell of the request: the client's was another one than the upstream's."""
 
 _NO_OPEN_REASONING = ("openai.com", "azure.com", "chatgpt.com")

@@ -347,6 +347,7 @@ _STEPS: Mapping[str, _Step] = {
     "response.completed": partial(ResponsesReader._end, status="completed"),
     "response.incomplete": partial(ResponsesReader._end, status="incomplete"),
     "response.failed": partial(ResponsesReader._end, status="failed"),
+    "response.cancelled": partial(ResponsesReader._end, status="cancelled"),
     "error": ResponsesReader._error,
 }
 

@@ -37,6 +37,10 @@ _BARE = frozenset(["type", "id", "status"])
 _PARTS = ("content", "summary", "output")
 """Fields that are lists of parts, where they are lists."""
 
+_TOLD_ONLY = {"reasoning": ("status",), "compaction": ("status",)}
+_ACTIONS_TOLD_ONLY = {"web_search_call": ("sources",)}
+"""What OpenAI tells of an item, or of its `action`, and calls an unknown parameter when it is sent back."""
+
 
 @dataclass(frozen=True, slots=True)
 class ResponsesOptions:
@@ -124,20 +128,33 @@ def _is_foreign(item: Item, backend: str) -> bool:
 
 def _sent(item: Item, options: ResponsesOptions, backend: str) -> Item | None:
     """`item` as the upstream gets it, or None where nothing of it would be of use there."""
-    kept: Item = {name: value for name, value in item.items() if value is not None}
-    kept |= {name: _without_nulls(kept[name]) for name in _PARTS if isinstance(kept.get(name), list)}
+    kept = _acceptable(item)
     if not options.item_ids and item["type"] not in _NAMED_BY_ID:
         kept.pop("id", None)
-    sealed = kept.get("encrypted_content")
-    if isinstance(sealed, str):
-        own = unseal(backend, sealed)
-        if own is None:
-            del kept["encrypted_content"]
-        else:
-            kept["encrypted_content"] = own
+    sealed = kept.pop("encrypted_content", None)
+    own = unseal(backend, sealed) if isinstance(sealed, str) else sealed
+    if own is not None:
+        kept["encrypted_content"] = own
     if item["type"] == "reasoning":
         return _reasoning(kept, options)
-    return kept if not isinstance(sealed, str) or kept.keys() - _BARE else None
+    return kept if sealed == own or kept.keys() - _BARE else None
+
+
+def _acceptable(item: Item) -> Item:
+    """`item` without what strict providers refuse: nulls where they mean nothing, and what is only told. Elsewhere,
+    as in a tool's schema, a null has a meaning."""
+    type = item["type"]
+    kept = _without(item, _TOLD_ONLY.get(type, ()))
+    for name in _PARTS:
+        if isinstance(kept.get(name), list):
+            kept[name] = [_without(part) if isinstance(part, dict) else part for part in kept[name]]
+    if isinstance(kept.get("action"), dict):
+        kept["action"] = _without(kept["action"], _ACTIONS_TOLD_ONLY.get(type, ()))
+    return kept
+
+
+def _without(fields: Mapping[str, Any], names: Sequence[str] = ()) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None and name not in names}
 
 
 def _reasoning(kept: Item, options: ResponsesOptions) -> Item | None:
@@ -146,14 +163,6 @@ def _reasoning(kept: Item, options: ResponsesOptions) -> Item | None:
         return {"summary": [], **kept} if kept.get("encrypted_content") else None
     useful = any(kept.get(name) for name in ("encrypted_content", "content", "summary"))
     return {"summary": [], **kept} if useful else None
-
-
-def _without_nulls(parts: list[Any]) -> list[Any]:
-    """Parts without their nulls, which OpenAI refuses. Elsewhere, as in a tool's schema, a null has a meaning."""
-    return [
-        {name: value for name, value in part.items() if value is not None} if isinstance(part, dict) else part
-        for part in parts
-    ]
 
 
 # Chains

@@ -523,6 +523,18 @@ async def test_leaving_while_it_is_created_cancels_what_nobody_could_find(provid
     assert provider.cancels == [f"/v1/responses/{ID}/cancel"]
 
 
+async def test_leaving_what_has_ended_when_it_was_created_cancels_nothing(provider: Provider, hours: Hours) -> None:
+    hold = asyncio.Event()
+    provider.script(Reply(response("completed"), hold=hold))
+    async with backend_of(provider, hours.pace()) as backend:
+        playing = asyncio.create_task(batches_of(backend))
+        await provider.called(1)
+        playing.cancel()
+        await asyncio.gather(playing, return_exceptions=True)
+        hold.set()
+    assert provider.cancels == []
+
+
 async def test_closing_does_not_wait_long_for_what_is_being_left(provider: Provider, hours: Hours) -> None:
     provider.script(Reply(response("queued"), hold=asyncio.Event()))
     async with asyncio.timeout(2), backend_of(provider, hours.pace(), cancel_timeout=0.05) as backend:

@@ -149,6 +149,19 @@ async def test_it_accepts_when_the_headers_are_there(provider: Provider, backend
         assert await anext(batches) == [Accepted()]
 
 
+async def test_comments_and_events_that_say_nothing_are_no_batches(
+    provider: Provider, backend: ResponsesBackend
+) -> None:
+    hold, more = asyncio.Event(), asyncio.Event()
+    created, *rest = [named(event) for event in events(text_item("hi"))]
+    provider.script(Stream([b": alive\n\n", hold, created, more, *rest], close="end"))
+    async with aclosing(backend.stream(turn())) as batches:
+        assert await anext(batches) == [Accepted()]
+        hold.set()
+        more.set()
+        assert isinstance((await anext(batches))[-1], Finish)
+
+
 async def test_a_burst_comes_in_portions(provider: Provider, backend: ResponsesBackend) -> None:
     sent = events(text_item("x"))
     word = next(event for event in sent if event["type"].endswith("output_text.delta"))
@@ -389,6 +402,24 @@ async def test_a_connection_stays_good_after_an_answer_and_after_a_refusal(
 )
 def test_openai_gets_no_open_reasoning(url: str, expected: bool) -> None:
     assert options_for(url, ResponsesOptions()).open_reasoning is expected
+
+
+@pytest.mark.parametrize("listed", [None, [], {}, {"data": None}, {"data": {"id": "a"}}], ids=str)
+async def test_a_list_of_models_that_is_none_is_an_error(
+    provider: Provider, backend: ResponsesBackend, listed: Any
+) -> None:
+    provider.on_models = Reply(listed)
+    with pytest.raises(UpstreamInvalid, match="does not list its models"):
+        await backend.models()
+
+
+async def test_a_list_of_models_is_not_waited_for_for_long(
+    provider: Provider, backend: ResponsesBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("responses_ingress.backends.responses._LISTING", 0.05)
+    provider.on_models = Reply({}, hold=asyncio.Event())
+    with pytest.raises(UpstreamTimeout, match="list its models"):
+        await backend.models()
 
 
 async def test_it_lists_the_upstreams_models(provider: Provider, backend: ResponsesBackend) -> None:

@@ -174,8 +174,10 @@ def test_a_failure_closes_nothing_and_keeps_what_it_tells() -> None:
     ]
 
 
-def test_a_cancelled_response() -> None:
-    assert finish_of(read(events_of([Accepted(), Finish("cancelled")]))).status == "cancelled"
+@pytest.mark.parametrize("name", ["response.failed", "response.cancelled"])
+def test_a_cancelled_response(name: str) -> None:
+    events = events_of([Accepted(), Finish("cancelled")])
+    assert finish_of(read([*events[:-1], {**events[-1], "type": name}])).status == "cancelled"
 
 
 def test_incomplete_without_a_reason_is_a_failure() -> None:

@@ -148,6 +148,18 @@ def test_nulls_are_left_out_where_they_mean_nothing() -> None:
     ]
 
 
+def test_what_openai_tells_but_does_not_take_is_left_out() -> None:
+    action = {"type": "search", "query": None, "queries": ["x"], "sources": [{"type": "url", "url": "u"}]}
+    search = {"type": "web_search_call", "status": "completed", "action": action}
+    shell = {"type": "local_shell_call", "call_id": "c", "action": {"type": "exec", "sources": [], "user": None}}
+    assert sent(search, shell, {**THOUGHT, "status": "completed"}, text_item("hm")) == [
+        {**search, "action": {"type": "search", "queries": ["x"]}},
+        {**shell, "action": {"type": "exec", "sources": []}},
+        {"type": "reasoning", "summary": [], "encrypted_content": "gAAA="},
+        {key: value for key, value in text_item("hm").items() if key != "id"},
+    ]
+
+
 @pytest.mark.parametrize("open_reasoning", [True, False])
 def test_what_another_backend_encrypted_is_left_out_and_counted(open_reasoning: bool) -> None:
     options = ResponsesOptions(open_reasoning=open_reasoning)
