@@ -355,6 +355,18 @@ async def test_a_response_that_did_not_complete_is_not_continued(
         assert not [delta for delta in await deltas_of(chaining) if isinstance(delta, Remember)]
 
 
+async def test_a_response_whose_items_nobody_told_whole_is_not_continued(
+    provider: Provider, chaining: ResponsesBackend
+) -> None:
+    ended = {**response("completed"), "completed_at": 1}
+    *sent, last = events(text_item("hi"))
+    told = [event for event in sent if not event["type"].endswith("output_item.done")]
+    provider.script(Stream([named(event) for event in [*told, {**last, "response": ended}]], close="end"))
+    deltas = await deltas_of(chaining)
+    assert output_of(deltas) == [text_item("hi")]
+    assert not [delta for delta in deltas if isinstance(delta, Remember)]
+
+
 async def test_without_chains_nothing_is_remembered(provider: Provider, backend: ResponsesBackend) -> None:
     provider.script(streamed(*OUTPUT))
     assert not [delta for delta in await deltas_of(backend) if isinstance(delta, Remember)]

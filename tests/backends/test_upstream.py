@@ -274,7 +274,7 @@ async def test_without_kept_connections_none_is_stale(upstream: Scripted) -> Non
 
 
 async def test_what_found_no_server_has_not_begun() -> None:
-    for url in (f"http://127.0.0.1:{free_port()}/v1", "http://", "http://nowhere.invalid/v1"):
+    for url in (f"http://127.0.0.1:{free_port()}/v1", "http://"):
         async with client_of(url) as client:
             with pytest.raises(UpstreamUnreachable) as failed:
                 await ask(client)
