@@ -110,12 +110,13 @@ def _headers(key: str | None, body: bytes) -> dict[str, str]:
 
 
 class ResponsesBackend:
-    """One Responses server, which streams, or answers when it is done."""
+    """One Responses server, which streams, or answers when it is done. `goes_on`: its runs go on when nobody
+    follows them."""
 
     resumable = False
-    goes_on = False
 
-    def __init__(self, upstream: Upstream, options: ResponsesOptions) -> None:
+    def __init__(self, upstream: Upstream, options: ResponsesOptions, *, goes_on: bool = False) -> None:
+        self.goes_on = goes_on
         self._upstream = upstream
         self._client = Client(upstream)
         self._asker = Asker(self._client, options)
@@ -145,6 +146,9 @@ class ResponsesBackend:
 
     async def models(self) -> Sequence[str]:
         return await model_names(self._client)
+
+    async def cancel(self, state: Mapping[str, Any], bearer: str | None) -> None:
+        pass
 
     async def close(self) -> None:
         await self._client.close()

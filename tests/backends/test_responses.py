@@ -438,3 +438,10 @@ async def test_it_lists_the_upstreams_models(provider: Provider, backend: Respon
     provider.models = ("a", "vendor/b")
     assert await backend.models() == ["a", "vendor/b"]
     assert (backend.name, backend.resumable, backend.goes_on) == ("scripted", False, False)
+
+
+async def test_a_cancel_needs_nothing_but_the_end_of_the_iteration(
+    provider: Provider, backend: ResponsesBackend
+) -> None:
+    await backend.cancel({"response_id": ID}, None)
+    assert provider.requests == []
