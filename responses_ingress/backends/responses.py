@@ -80,6 +80,8 @@ class Asker:
             body = orjson.dumps({**call.body, **(more or {})})
             answer = await self._client.post(PATH, body, turn.bearer, _headers(key, body))
             if answer.status < 400:
+                if not options.encrypted_reasoning and self.options.encrypted_reasoning:
+                    self._plain.add(turn.model)
                 self._tell(turn, call.foreign)
                 return answer
             try:
@@ -91,7 +93,6 @@ class Asker:
                 logger.info("upstream %s cannot continue its response; %s goes whole", self._name, turn.response_id)
                 previous = None
             elif field == "include" and options.encrypted_reasoning:
-                self._plain.add(turn.model)
                 options = replace(options, encrypted_reasoning=False)
             else:
                 raise read_error(answer.status, said, answer.retry_after)

@@ -282,11 +282,19 @@ async def test_a_model_without_encrypted_reasoning_is_not_asked_for_it_again(
     assert ["include" in call.json for call in provider.calls] == [True, False, False, True]
 
 
-async def test_a_refusal_that_stays_is_raised(provider: Provider, backend: ResponsesBackend) -> None:
-    provider.script(NOT_ENCRYPTED, NOT_ENCRYPTED)
+async def test_a_refusal_that_stays_is_raised_and_says_nothing_of_the_model(
+    provider: Provider, backend: ResponsesBackend
+) -> None:
+    provider.script(NOT_ENCRYPTED, NOT_ENCRYPTED, streamed())
     with pytest.raises(UpstreamError) as refused:
-        await deltas_of(backend)
+        await deltas_of(backend, turn(parameters={"include": ["odd"]}))
+    await deltas_of(backend)
     assert refused.value.status == 400
+    assert [call.json.get("include") for call in provider.calls] == [
+        ["odd", "reasoning.encrypted_content"],
+        ["odd"],
+        ["reasoning.encrypted_content"],
+    ]
 
 
 # Chains.
