@@ -88,8 +88,8 @@ _reused: ContextVar[float | None] = ContextVar("reused")
 class _Connector(aiohttp.TCPConnector):
     """Tells by `_reused` which connection a request gets. A trace would too, at a fifth of the request's cost."""
 
-    def __init__(self) -> None:
-        super().__init__(limit=0)
+    def __init__(self, keep: bool) -> None:
+        super().__init__(limit=0, force_close=not keep)
         self._seen: WeakSet[object] = WeakSet()
 
     async def connect(self, *request: Any, **options: Any) -> Connection:
@@ -100,14 +100,15 @@ class _Connector(aiohttp.TCPConnector):
 
 
 class Client:
-    """The connections to one upstream. Make it inside the running loop."""
+    """The connections to one upstream. Make it inside the running loop. With `keep` off no connection serves a
+    second request, so none can be stale, and no request is ever sent again."""
 
-    def __init__(self, upstream: Upstream) -> None:
+    def __init__(self, upstream: Upstream, keep: bool = True) -> None:
         self.upstream = upstream
         self._leaving: set[aiohttp.ClientResponse] = set()
         times = upstream.timeouts
         self._session = aiohttp.ClientSession(
-            connector=_Connector(),
+            connector=_Connector(keep),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=times.connect, sock_read=times.first_byte),
             proxy=_proxy(upstream),
@@ -118,22 +119,29 @@ class Client:
             response.close()
         await self._session.close()
 
-    async def post(self, path: str, body: bytes, bearer: str | None = None) -> "Answer":
+    async def post(
+        self, path: str, body: bytes, bearer: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> "Answer":
         """Send `body`, give its answer, whatever its status; the caller closes it. Raises `UpstreamError`
         and its kin."""
-        response = await self._send("POST", path, self.upstream.request_headers(bearer), body)
+        sent = {**self.upstream.request_headers(bearer), **(headers or {})}
+        return Answer(self.upstream, await self._send("POST", path, sent, body), self._leaving)
+
+    async def get(self, path: str, bearer: str | None = None) -> "Answer":
+        """The same for a GET."""
+        response = await self._send("GET", path, self.upstream.request_headers(bearer), None)
         return Answer(self.upstream, response, self._leaving)
 
     async def get_json(self, path: str) -> Any:
         """The parsed answer to a GET."""
         upstream = self.upstream
-        response = await self._send("GET", path, upstream.request_headers(None), None)
+        answer = await self.get(path)
         try:
-            if response.status != 200:
-                raise UpstreamError(f"The upstream '{upstream.name}' answered {path} with status {response.status}.")
-            return parse_json(upstream, await Answer(upstream, response, self._leaving).read())
+            if answer.status != 200:
+                raise UpstreamError(f"The upstream '{upstream.name}' answered {path} with status {answer.status}.")
+            return parse_json(upstream, await answer.read())
         finally:
-            response.close()
+            answer.close()
 
     async def _send(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes | None
@@ -166,6 +174,12 @@ class Client:
             response.connection.protocol.read_timeout = self.upstream.timeouts.read
             response.connection.protocol.start_timeout()
         return response
+
+
+def may_have_begun(error: UpstreamError) -> bool:
+    """Whether the upstream may have got the request that failed so: not where no connection was made."""
+    cause = error.__cause__
+    return not isinstance(cause, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, ValueError))
 
 
 def _was_stale(error: Exception) -> bool:

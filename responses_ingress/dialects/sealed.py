@@ -1,16 +1,17 @@
-"""Encrypted reasoning under the name of the backend that made it.
+"""Encrypted content, tagged with the backend that made it.
 
-What must stay true: it goes back to the backend of that name only, because no other can read it and most
-refuse the request for it (decisions: "encrypted reasoning"). Knows nothing of what is sealed.
+What must stay true: only the backend that sealed a content gets it back; to any other it does not exist. Knows nothing
+of what is encrypted.
 """
 
 
 def seal(backend: str, content: str) -> str:
-    """`content` as clients keep it in `encrypted_content`."""
+    """`content` as clients and the store see it."""
     return f"{backend}:{content}"
 
 
 def unseal(backend: str, content: str | None) -> str | None:
-    """What `backend` itself had sealed; None for all else."""
-    tag = f"{backend}:"
-    return content[len(tag) :] if content is not None and content.startswith(tag) else None
+    """What `backend` had sealed, or None for what is not its own."""
+    if content is None or not content.startswith(f"{backend}:"):
+        return None
+    return content[len(backend) + 1 :]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from responses_ingress.backends.upstream import Client, Timeouts, Upstream, parse_json
+from responses_ingress.backends.upstream import Client, Timeouts, Upstream, may_have_begun, parse_json
 from responses_ingress.errors import (
     UpstreamError,
     UpstreamInvalid,
@@ -62,6 +62,23 @@ async def test_a_post_brings_its_body_and_gives_the_answer_whatever_its_status(
     assert upstream.calls[0].json == {"a": 1}
     assert upstream.calls[0].headers["content-type"] == "application/json"
     assert "authorization" not in upstream.calls[0].headers
+
+
+async def test_a_request_may_have_headers_of_its_own(upstream: Scripted, client: Client) -> None:
+    upstream.script(FINE, FINE)
+    for headers in ({"idempotency-key": "k"}, None):
+        answer = await client.post(PATH, b"{}", None, headers)
+        answer.close()
+    assert [call.headers.get("idempotency-key") for call in upstream.calls] == ["k", None]
+
+
+async def test_a_get_gives_the_answer_whatever_its_status(upstream: Scripted) -> None:
+    upstream.script(Reply({"error": "no"}, status=418, headers={"retry-after": "7"}))
+    async with client_of(upstream.url, key="ours", pass_bearer=True) as client:
+        answer = await client.get(PATH, "theirs")
+        assert (answer.status, answer.retry_after, await answer.read()) == (418, 7.0, b'{"error":"no"}')
+        answer.close()
+    assert (upstream.calls[0].method, upstream.calls[0].headers["authorization"]) == ("GET", "Bearer theirs")
 
 
 @pytest.mark.parametrize("value", ["", "soon", "1.5", "-1", "9" * 400, "1000000", "Wed, 21 Oct 2015 07:28:00 GMT"])
@@ -263,6 +280,25 @@ async def test_a_used_connection_that_breaks_late_is_not_tried_again(
     with pytest.raises(UpstreamUnreachable):
         await ask(client)
     assert (len(upstream.calls), upstream.unused) == (2, 1)
+
+
+async def test_without_kept_connections_none_is_stale(upstream: Scripted) -> None:
+    upstream.script(FINE, Drop(), FINE)
+    client = Client(Upstream("scripted", upstream.url), keep=False)
+    await ask(client)
+    with pytest.raises(UpstreamUnreachable) as failed:
+        await ask(client)
+    await client.close()
+    assert may_have_begun(failed.value)
+    assert [call.reused for call in upstream.calls] == [False, False]
+
+
+async def test_what_found_no_server_has_not_begun() -> None:
+    for url in (f"http://127.0.0.1:{free_port()}/v1", "http://"):
+        async with client_of(url) as client:
+            with pytest.raises(UpstreamUnreachable) as failed:
+                await ask(client)
+            assert not may_have_begun(failed.value)
 
 
 async def test_a_fresh_connection_that_is_dropped_is_not_tried_again(upstream: Scripted, client: Client) -> None:

@@ -99,6 +99,21 @@ def test_the_newer_encrypted_content_is_kept() -> None:
     assert rebuilt(events) == events
 
 
+def test_encrypted_content_is_sealed_wherever_it_stands() -> None:
+    first: Json = {**reasoning(), "encrypted_content": "a"}
+    compaction: Json = {"type": "compaction", "id": "cmp_1", "encrypted_content": "c"}
+    events = events_of([Open(0, first), Close(0), Open(1, compaction), Close(1), DONE])
+    events[-1]["response"]["output"][0]["encrypted_content"] = "b"
+    reader = ResponsesReader("mine")
+    deltas = [delta for event in events for delta in reader.feed(event)]
+    opened = [delta.item["encrypted_content"] for delta in deltas if isinstance(delta, Open)]
+    closed = [(delta.item or {})["encrypted_content"] for delta in deltas if isinstance(delta, Close)]
+    assert opened == closed == ["mine:a", "mine:c"]
+    assert finish_of(deltas).items == {0: {**first, "encrypted_content": "mine:b"}}
+    whole = [delta for delta in ResponsesReader("mine").read_json(events[-1]["response"]) if isinstance(delta, Close)]
+    assert [(delta.item or {})["encrypted_content"] for delta in whole] == ["mine:b", "mine:c"]
+
+
 def test_unknown_events_are_marks() -> None:
     odd = {"type": "response.odd", "sequence_number": 2, "x": 1, "obfuscation": "zz"}
     about = {"type": "response.odd.one", "output_index": 1, "item_id": "ws_1", "y": 2}
@@ -159,8 +174,10 @@ def test_a_failure_closes_nothing_and_keeps_what_it_tells() -> None:
     ]
 
 
-def test_a_cancelled_response() -> None:
-    assert finish_of(read(events_of([Accepted(), Finish("cancelled")]))).status == "cancelled"
+@pytest.mark.parametrize("name", ["response.failed", "response.cancelled"])
+def test_a_cancelled_response(name: str) -> None:
+    events = events_of([Accepted(), Finish("cancelled")])
+    assert finish_of(read([*events[:-1], {**events[-1], "type": name}])).status == "cancelled"
 
 
 def test_incomplete_without_a_reason_is_a_failure() -> None:
@@ -185,6 +202,12 @@ def test_incomplete_without_a_reason_is_a_failure() -> None:
 def test_an_error_event_fails_the_response(event: Json) -> None:
     failed = events_of([Finish("failed", error=ERROR)])[-1]
     assert read([*EVENTS[:5], event, failed])[-1] == Finish("failed", error={"code": "odd_code", "message": "No."})
+
+
+def test_an_error_without_a_type_fails_the_response() -> None:
+    error = {"code": "odd_code", "message": "No."}
+    assert read([*EVENTS[:5], {"error": error}])[-1] == Finish("failed", error=error)
+    assert ResponsesReader().read_json({"error": error}) == [Finish("failed", error=error)]
 
 
 @pytest.mark.parametrize(
@@ -257,6 +280,12 @@ def test_a_json_answer_that_has_not_ended(status: str | None) -> None:
 def test_a_json_answer_without_output(output: Any) -> None:
     with pytest.raises(UpstreamInvalid):
         ResponsesReader().read_json({**ENVELOPE, "status": "completed", "output": output})
+
+
+@pytest.mark.parametrize("output", [None, {}, []])
+def test_a_failure_needs_no_output(output: Any) -> None:
+    deltas = ResponsesReader().read_json({**ENVELOPE, "status": "failed", "output": output, "error": ERROR})
+    assert deltas == [Accepted(), Finish("failed", error=ERROR, echo={"service_tier": "auto"})]
 
 
 def test_a_json_answer_with_faults() -> None:
