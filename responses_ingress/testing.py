@@ -49,8 +49,13 @@ class ScriptedBackend:
         *scripts: Sequence[Step],
         name: str = "scripted",
         models: Sequence[str] | IngressError = ("scripted-model",),
+        resumable: bool = False,
+        goes_on: bool = False,
     ) -> None:
         self.name = name
+        self.resumable = resumable
+        self.goes_on = goes_on
+        self.cancelled: list[Mapping[str, Any]] = []
         self.calls: list[Call] = []
         self.closed = False
         self._models = models
@@ -93,6 +98,9 @@ class ScriptedBackend:
         if isinstance(self._models, IngressError):
             raise self._models
         return self._models
+
+    async def cancel(self, state: Mapping[str, Any], bearer: str | None) -> None:
+        self.cancelled.append(state)
 
     async def close(self) -> None:
         self.closed = True

@@ -5,10 +5,10 @@ an `IngressError` for whatever goes wrong, before the first batch or in the midd
 iteration cancels the work upstream. It must not know of the store or the web.
 """
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Protocol
+from typing import Any, Protocol
 
 from responses_ingress.core.deltas import Delta
 from responses_ingress.core.turn import Turn
@@ -21,6 +21,16 @@ class Backend(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def resumable(self) -> bool:
+        """Whether `Remember` lets another process go on with a turn: the turn then comes with `resume`."""
+        ...
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether its runs go on when nobody follows them any more."""
+        ...
+
     def stream(self, turn: Turn) -> AsyncGenerator[Sequence[Delta], None]:
         """The turn's deltas, in batches; the last one is a `Finish`.
 
@@ -31,6 +41,11 @@ class Backend(Protocol):
 
     async def models(self) -> Sequence[str]:
         """The model names this backend knows of. Raises `UpstreamError` when it cannot be asked."""
+        ...
+
+    async def cancel(self, state: Mapping[str, Any], bearer: str | None) -> None:
+        """Pass a client's cancel on to the work that `state`, a turn's last `Remember`, tells of. Only a backend
+        that is resumable has such work: closing the iteration ends any other."""
         ...
 
     async def close(self) -> None: ...

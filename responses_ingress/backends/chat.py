@@ -6,8 +6,9 @@ of deltas, in portions, so that the first token of a burst need not wait for the
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from typing import Any
 
 import orjson
 
@@ -42,9 +43,12 @@ _HOSTED = frozenset(
 
 
 class ChatBackend:
-    """One chat-completions server."""
+    """One chat-completions server. `goes_on`: its runs go on when nobody follows them."""
 
-    def __init__(self, upstream: Upstream, options: ChatOptions) -> None:
+    resumable = False
+
+    def __init__(self, upstream: Upstream, options: ChatOptions, *, goes_on: bool = False) -> None:
+        self.goes_on = goes_on
         self._upstream = upstream
         self._options = options
         self._client = Client(upstream)
@@ -117,6 +121,9 @@ class ChatBackend:
         if not isinstance(entries, list):
             raise UpstreamInvalid(f"The upstream '{self.name}' does not list its models.")
         return [entry["id"] for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
+
+    async def cancel(self, state: Mapping[str, Any], bearer: str | None) -> None:
+        pass
 
     async def close(self) -> None:
         await self._client.close()

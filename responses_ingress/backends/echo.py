@@ -6,7 +6,7 @@ repeated; so a client can make its whole round trip with no model.
 """
 
 import re
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import Any
 
 from responses_ingress.core.deltas import Accepted, Close, Delta, Finish, Item, Open, Part, Text
@@ -21,6 +21,8 @@ class EchoBackend:
     """Answers for any model name."""
 
     name = "echo"
+    resumable = False
+    goes_on = False
 
     async def stream(self, turn: Turn) -> AsyncGenerator[Sequence[Delta], None]:
         yield [Accepted()]
@@ -33,6 +35,9 @@ class EchoBackend:
 
     async def models(self) -> Sequence[str]:
         return ["echo"]
+
+    async def cancel(self, state: Mapping[str, Any], bearer: str | None) -> None:
+        pass
 
     async def close(self) -> None:
         pass

@@ -23,6 +23,8 @@ class Turn:
     stream:     a follower reads the answer as it comes.
     memory:     what the backend asked to have remembered on this thread, if anything.
     bearer:     the client's own credential, for upstreams that are set to pass it on.
+    resume:     what an earlier process had remembered of this same turn: go on from there instead of
+                asking again.
     """
 
     response_id: str
@@ -37,6 +39,7 @@ class Turn:
     stream: bool = True
     memory: Mapping[str, Any] | None = None
     bearer: str | None = None
+    resume: Mapping[str, Any] | None = None
 
     @property
     def items(self) -> list[Item]:
