@@ -18,7 +18,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from responses_ingress.core.deltas import Close, Delta, Finish, Item, Mark, Note, Open, Part, Text
 from responses_ingress.core.replay import opening
@@ -35,6 +35,7 @@ _MOST_SPACE = 64
 _QUOTE = re.compile(r'["\\]')
 _SIGN = re.compile(r"[^\s,:0-9+\-.eEtrufalsn]")
 """In JSON, outside of strings: what opens or closes something, or cannot stand there."""
+_INPUT = re.compile(r'\s*\{\s*"input"\s*:\s*"')
 
 
 class TextCall(NamedTuple):
@@ -49,7 +50,7 @@ class CallParser:
 
     def __init__(self, tools: Mapping[str, Tool]) -> None:
         self._tools = tools
-        self._state: _State = "begin"
+        self._step: Callable[[CallParser, str, list[str | TextCall]], str] = CallParser._begin
         self._held = ""
         self._pieces: list[str] = []
         self._object = _Object()
@@ -60,27 +61,27 @@ class CallParser:
         found: list[str | TextCall] = []
         rest, self._held = self._held + text, ""
         while rest:
-            rest = _STEPS[self._state](self, rest, found)
+            rest = self._step(self, rest, found)
         return found
 
     def end(self) -> str:
         """What was held back and is text after all, as the text is whole. Where it is cut short, that is
         not to be told."""
         held, self._held, self._pieces = "".join((*self._pieces, self._held)), "", []
-        return "" if self._state == "closing" else held
+        return "" if self._step is CallParser._closing else held
 
     def _begin(self, rest: str, found: list[str | TextCall]) -> str:
         word = rest[_space(rest) :]
         if len(word) < len(_THINK) and _THINK.startswith(word):
             return self._hold(rest)
-        self._state = "think" if word.startswith(_THINK) else "text"
+        self._step = CallParser._think if word.startswith(_THINK) else CallParser._text
         return rest
 
     def _think(self, rest: str, found: list[str | TextCall]) -> str:
         before, thought, after = rest.partition(_THOUGHT)
         if thought:
             found.append(before + thought)
-            self._state = "text"
+            self._step = CallParser._text
             return after
         at = _maybe(rest, (_THOUGHT,))
         found.append(rest[:at])
@@ -94,7 +95,7 @@ class CallParser:
             found.append(rest[:at])
         if not tag:
             return self._hold(rest[at:])
-        self._state = "head" if tag == OPENING else "made_up"
+        self._step = CallParser._head if tag == OPENING else CallParser._made_up
         return rest[at:]
 
     def _head(self, rest: str, found: list[str | TextCall]) -> str:
@@ -103,10 +104,10 @@ class CallParser:
         if at == len(rest):
             return self._hold(rest)
         if rest[at] == "{":
-            self._pieces, self._object, self._state = [rest[:at]], _Object(), "call"
+            self._pieces, self._object, self._step = [rest[:at]], _Object(), CallParser._call
             return rest[at:]
         found.append(rest[:tag])
-        self._state = "text"
+        self._step = CallParser._text
         return rest[tag:]
 
     def _call(self, rest: str, found: list[str | TextCall]) -> str:
@@ -118,23 +119,23 @@ class CallParser:
         call = _read("".join(pieces), self._tools) if ended else None
         if call is None:
             found.append("".join((head, *pieces)))
-            self._state = "text"
+            self._step = CallParser._text
         else:
             found.append(call)
-            self._state, self._tags = "closing", (OPENING, RESPONSE)
+            self._step, self._tags = CallParser._closing, (OPENING, RESPONSE)
         return rest[at:]
 
     def _closing(self, rest: str, found: list[str | TextCall]) -> str:
         rest = rest.lstrip()
         if len(rest) < len(CLOSING) and CLOSING.startswith(rest):
             return self._hold(rest)
-        self._state = "after"
+        self._step = CallParser._after
         return rest.removeprefix(CLOSING)
 
     def _after(self, rest: str, found: list[str | TextCall]) -> str:
         rest = rest.lstrip()
         if rest:
-            self._state = "text"
+            self._step = CallParser._text
         return rest
 
     def _made_up(self, rest: str, found: list[str | TextCall]) -> str:
@@ -143,20 +144,6 @@ class CallParser:
     def _hold(self, rest: str) -> str:
         self._held = rest
         return ""
-
-
-_State = Literal["begin", "think", "text", "head", "call", "closing", "after", "made_up"]
-
-_STEPS: Mapping[_State, Callable[[CallParser, str, list[str | TextCall]], str]] = {
-    "begin": CallParser._begin,
-    "think": CallParser._think,
-    "text": CallParser._text,
-    "head": CallParser._head,
-    "call": CallParser._call,
-    "closing": CallParser._closing,
-    "after": CallParser._after,
-    "made_up": CallParser._made_up,
-}
 
 
 def _space(text: str) -> int:
@@ -219,14 +206,21 @@ def _read(text: str, tools: Mapping[str, Tool]) -> TextCall | None:
 
 
 def _carried(tool: Tool, given: Any) -> str | None:
-    """The text that a call's arguments are, or None where they are none."""
+    """The text that a call's arguments are, or None where they are none. They may be JSON in a string."""
     if tool.kind == "custom":
-        if not isinstance(given, str | dict) or not given:
-            return None
-        unwrapper = Unwrapper()
-        return unwrapper.feed(given if isinstance(given, str) else _dumped(given)) + unwrapper.end()
-    arguments = json.loads(given, strict=False) if isinstance(given, str) else {} if given is None else given
+        return _input(given)
+    arguments = json.loads(given or "{}", strict=False) if isinstance(given, str) else {} if given is None else given
     return _dumped(arguments) if isinstance(arguments, dict) else None
+
+
+def _input(given: Any) -> str | None:
+    """A custom tool's input, which may stand where its wrapper should."""
+    if isinstance(given, str) and not _INPUT.match(given):
+        return given or None
+    if not isinstance(given, str | dict) or not given:
+        return None
+    unwrapper = Unwrapper()
+    return unwrapper.feed(given if isinstance(given, str) else _dumped(given)) + unwrapper.end()
 
 
 def _dumped(value: Any) -> str:
