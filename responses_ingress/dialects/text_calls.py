@@ -30,6 +30,7 @@ RESPONSE = "<tool_response"
 """How a tool's output begins, where it is told as text."""
 
 _THINK, _THOUGHT = "<think>", "</think>"
+_SLICE = 4096
 _MOST_SPACE = 64
 """How much of a run of white space is held back: some models never stop making it."""
 _QUOTE = re.compile(r'["\\]')
@@ -59,9 +60,11 @@ class CallParser:
     def feed(self, text: str) -> list[str | TextCall]:
         """What `text` makes certain."""
         found: list[str | TextCall] = []
-        rest, self._held = self._held + text, ""
-        while rest:
-            rest = self._step(self, rest, found)
+        # In slices, because each step copies what is left.
+        for start in range(0, len(text), _SLICE):
+            rest, self._held = self._held + text[start : start + _SLICE], ""
+            while rest:
+                rest = self._step(self, rest, found)
         return found
 
     def end(self) -> str:

@@ -127,12 +127,31 @@ async def test_a_refusal_is_remembered_for_an_hour_and_for_its_model(
     assert asked(upstream) == ["native", "emulated", "emulated", "native", "native"]
 
 
-async def test_only_so_many_models_are_remembered(upstream: Upstream, backend: EmulatedTools) -> None:
+async def test_only_so_many_models_are_remembered_the_latest(
+    upstream: Upstream, backend: EmulatedTools, clock: ManualClock
+) -> None:
     upstream.answer = lambda call: NO_TOOLS if "tools" in call.json else Say("hi")
-    for number in range(257):
+    await answered(backend, turn(model="m0"))
+    await answered(backend, turn(model="m1"))
+    clock.advance(3600)
+    await answered(backend, turn(model="m0"))
+    for number in range(2, 257):
         await answered(backend, turn(model=f"m{number}"))
     modes = [backend.tool_mode(f"m{number}") for number in range(257)]
-    assert modes == ["native"] + ["emulated"] * 256
+    assert modes == ["emulated", "native"] + ["emulated"] * 255
+    await answered(backend, turn(model="m257"))
+    assert backend.tool_mode("m0") == "native"
+
+
+async def test_that_a_model_has_no_tools_is_logged_once_and_without_content(
+    upstream: Upstream, backend: EmulatedTools, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    upstream.script(NO_TOOLS, Say("Let me look at this."), Say("hi"))
+    await answered(backend)
+    await answered(backend)
+    told = [record.getMessage() for record in caplog.records if "emulated" in record.name]
+    assert told == ["upstream scripted has no tools for a model; they are emulated for an hour"]
 
 
 async def test_a_turn_without_tools_goes_as_it_is(upstream: Upstream, backend: EmulatedTools) -> None:

@@ -192,6 +192,8 @@ def test_an_output_cannot_end_its_block() -> None:
 def test_arguments_that_are_no_object_are_told_as_they_were() -> None:
     (told,) = messages({**CALLED, "arguments": '{"at": '})
     assert told["content"] == '<tool_call>\n{"name": "look", "arguments": "{\\"at\\": "}\n</tool_call>'
+    (told,) = messages({**CALLED, "arguments": "[1]"})
+    assert told["content"] == '<tool_call>\n{"name": "look", "arguments": "[1]"}\n</tool_call>'
     (told,) = messages({**CALLED, "arguments": ""})
     assert told["content"] == '<tool_call>\n{"name": "look", "arguments": {}}\n</tool_call>'
 
