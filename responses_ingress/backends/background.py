@@ -18,8 +18,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 from urllib.parse import quote
 
-from responses_ingress.backends.responses import PATH, Asker, as_object, model_names, without_ours
-from responses_ingress.backends.upstream import Client, Upstream, may_have_begun
+from responses_ingress.backends.exchange import model_names
+from responses_ingress.backends.responses import PATH, Asker, without_ours
+from responses_ingress.backends.upstream import Client, Upstream, may_have_begun, parse_json
 from responses_ingress.core.deltas import Accepted, Delta, Finish, Remember
 from responses_ingress.core.replay import ended_as
 from responses_ingress.core.turn import Turn
@@ -195,7 +196,7 @@ class BackgroundBackend:
         key = turn.response_id if self._options.idempotency else None
         answer = await self._asker.ask(replace(turn, stream=False), self._more(turn), key)
         try:
-            created = as_object(self._upstream, await answer.read())
+            created = _as_object(self._upstream, await answer.read())
         finally:
             answer.close()
         if not _is_over(created) and not (isinstance(created.get("id"), str) and created["id"]):
@@ -256,7 +257,7 @@ class BackgroundBackend:
             async with asyncio.timeout(self._options.poll_timeout):
                 status, body, wait = await self._get(path, bearer)
             if status < 400:
-                return _Look(as_object(self._upstream, body), wait)
+                return _Look(_as_object(self._upstream, body), wait)
         except TimeoutError:
             return _Look(trouble=UpstreamTimeout(f"The upstream '{self.name}' took too long to answer a poll."))
         except (UpstreamUnreachable, UpstreamTimeout, UpstreamTruncated, UpstreamInvalid) as error:
@@ -271,7 +272,7 @@ class BackgroundBackend:
     async def _get(self, path: str, bearer: str | None) -> tuple[int, bytes, float | None]:
         answer = await self._client.get(path, bearer)
         try:
-            body = await (answer.read() if answer.status < 400 else answer.read_error())
+            body = await (answer.read() if answer.status < 400 else answer.read_refusal())
         finally:
             answer.close()
         return answer.status, body, answer.retry_after
@@ -282,6 +283,14 @@ class BackgroundBackend:
             response = {**response, "status": "failed", "error": _EXPIRED}
         *deltas, finish = ResponsesReader(self.name).read_json(response)
         return [*deltas, without_ours(finish) if isinstance(finish, Finish) else finish]
+
+
+def _as_object(upstream: Upstream, body: bytes) -> dict[str, Any]:
+    """The response object in an answer's body."""
+    response = parse_json(upstream, body)
+    if not isinstance(response, dict):
+        raise UpstreamInvalid(f"The upstream '{upstream.name}' answered with something that is no response.")
+    return response
 
 
 def _is_over(response: Mapping[str, Any]) -> bool:

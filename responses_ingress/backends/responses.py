@@ -6,7 +6,6 @@ stay true: an upstream is asked again only where it has refused, before anything
 each reason; nothing that is ours to say (model, tools, metadata, ids) is taken from an upstream's answer.
 """
 
-import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -17,8 +16,9 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from responses_ingress.backends.upstream import Answer, Client, Upstream, parse_json
-from responses_ingress.core.deltas import Accepted, Close, Delta, Finish, Item, Remember
+from responses_ingress.backends.exchange import deltas_of, model_names
+from responses_ingress.backends.upstream import Answer, Client, Upstream
+from responses_ingress.core.deltas import Close, Delta, Finish, Item, Remember
 from responses_ingress.core.envelope import DEFAULTS
 from responses_ingress.core.turn import Turn
 from responses_ingress.dialects.failures import read_error
@@ -30,18 +30,10 @@ from responses_ingress.dialects.responses_encoder import (
     encode,
     memory_of,
 )
-from responses_ingress.dialects.sse import Parser, ServerEvent
-from responses_ingress.errors import UpstreamInvalid, UpstreamTimeout
 
 logger = logging.getLogger(__name__)
 
 PATH = "/responses"
-
-_PORTION = 64  # events
-_DONE = b"[DONE]"
-
-_LISTING = 5.0
-"""Seconds that a server may take to list its models."""
 
 _OURS = frozenset([*DEFAULTS, "model", "conversation", "prompt", "input", "output_text"]) - {"service_tier"}
 """Fields of a response that tell of the request: the client's was another one than the upstream's."""
@@ -84,10 +76,7 @@ class Asker:
                     self._plain.add(turn.model)
                 self._tell(turn, call.foreign)
                 return answer
-            try:
-                said = await answer.read_error()
-            finally:
-                answer.close()
+            said = await answer.read_refusal()
             field = complaint(answer.status, said)
             if field == "previous_response_id" and previous is not None:
                 logger.info("upstream %s cannot continue its response; %s goes whole", self._name, turn.response_id)
@@ -130,20 +119,13 @@ class ResponsesBackend:
         reader = ResponsesReader(self.name)
         ending = _Ending(turn, self._asker.options, self.name)
         answer = await self._asker.ask(turn)
-        try:
-            if not answer.is_stream:
-                response = as_object(self._upstream, await answer.read())
-                yield ending.passed([Accepted(), *reader.read_json(response)], reader.envelope)
-                return
-            yield [Accepted()]
-            async with aclosing(_read_stream(answer, reader)) as batches:
-                async for deltas in batches:
-                    yield ending.passed(deltas, reader.envelope)
-        finally:
-            if reader.ended:
-                answer.leave()
-            else:
-                answer.close()
+
+        def step(name: str | None, event: Any) -> list[Delta]:
+            return reader.feed(_typed(name, event))
+
+        async with aclosing(deltas_of(answer, reader, step)) as batches:
+            async for deltas in batches:
+                yield ending.passed(deltas, reader.envelope)
 
     async def models(self) -> Sequence[str]:
         return await model_names(self._client)
@@ -189,57 +171,7 @@ def without_ours(finish: Finish) -> Finish:
     return replace(finish, echo=echo or None)
 
 
-def as_object(upstream: Upstream, body: bytes) -> dict[str, Any]:
-    """The response object in an answer's body."""
-    response = parse_json(upstream, body)
-    if not isinstance(response, dict):
-        raise UpstreamInvalid(f"The upstream '{upstream.name}' answered with something that is no response.")
-    return response
-
-
-async def _read_stream(answer: Answer, reader: ResponsesReader) -> AsyncGenerator[list[Delta], None]:
-    parser = Parser()
-    async with aclosing(answer.chunks()) as chunks:
-        async for chunk in chunks:
-            events = parser.feed(chunk)
-            for start in range(0, len(events), _PORTION):
-                deltas = _read_events(events[start : start + _PORTION], reader)
-                if deltas:
-                    yield deltas
-                if reader.ended:
-                    return
-                if start + _PORTION < len(events):
-                    await asyncio.sleep(0)
-    reader.finish()
-
-
-def _read_events(events: Sequence[ServerEvent], reader: ResponsesReader) -> list[Delta]:
-    deltas: list[Delta] = []
-    for name, data in events:
-        if data == _DONE:
-            reader.finish()
-            break
-        try:
-            event = orjson.loads(data)
-        except orjson.JSONDecodeError:
-            raise UpstreamInvalid("The upstream sent an event that is not JSON.") from None
-        if not isinstance(event, dict):
-            raise UpstreamInvalid("The upstream sent an event that is no object.")
-        # Some name an event on its own line only.
-        nameless = name is not None and "type" not in event and not event.get("error")
-        deltas += reader.feed({"type": name, **event} if nameless else event)
-    return deltas
-
-
-async def model_names(client: Client) -> Sequence[str]:
-    """The models that the upstream lists."""
-    name = client.upstream.name
-    try:
-        async with asyncio.timeout(_LISTING):
-            listed = await client.get_json("/models")
-    except TimeoutError:
-        raise UpstreamTimeout(f"The upstream '{name}' took too long to list its models.") from None
-    entries = listed.get("data") if isinstance(listed, dict) else None
-    if not isinstance(entries, list):
-        raise UpstreamInvalid(f"The upstream '{name}' does not list its models.")
-    return [entry["id"] for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
+def _typed(name: str | None, event: Any) -> Any:
+    """`event` with its type: some name an event on its own line only."""
+    nameless = name is not None and isinstance(event, dict) and "type" not in event and not event.get("error")
+    return {"type": name, **event} if nameless else event

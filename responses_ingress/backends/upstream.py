@@ -286,15 +286,18 @@ class Answer:
         async with aclosing(self.chunks(limit)) as chunks:
             return b"".join([chunk async for chunk in chunks])
 
-    async def read_error(self) -> bytes:
-        """The beginning of an error's body."""
+    async def read_refusal(self) -> bytes:
+        """The beginning of an error's body. Nothing more is wanted then."""
         body = bytearray()
-        with suppress(UpstreamError):
-            async with aclosing(self.chunks()) as chunks:
-                async for chunk in chunks:
-                    body += chunk
-                    if len(body) > _MOST_ERROR:
-                        break
+        try:
+            with suppress(UpstreamError):
+                async with aclosing(self.chunks()) as chunks:
+                    async for chunk in chunks:
+                        body += chunk
+                        if len(body) > _MOST_ERROR:
+                            break
+        finally:
+            self.close()
         return bytes(body[:_MOST_ERROR])
 
 

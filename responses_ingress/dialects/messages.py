@@ -19,10 +19,9 @@ from typing import Any, Literal
 import orjson
 
 from responses_ingress.core.deltas import Item
-from responses_ingress.core.items import CALLS, OUTPUTS
+from responses_ingress.core.items import CALLS, OUTPUTS, all_text, unseal
 from responses_ingress.core.turn import Turn
-from responses_ingress.dialects.messages_content import THINKING, Block, all_text, blocks_of, text_block, thought_of
-from responses_ingress.dialects.sealed import unseal
+from responses_ingress.dialects.messages_content import THINKING, Block, blocks_of, text_block, thought_of
 from responses_ingress.dialects.tools import Function, Toolbox, ToolMap, toolbox
 
 Message = dict[str, Any]

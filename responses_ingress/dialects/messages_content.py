@@ -11,6 +11,7 @@ from typing import Any
 
 import orjson
 
+from responses_ingress.core.items import part_text, parts_of
 from responses_ingress.errors import InvalidRequest
 
 Block = dict[str, Any]
@@ -37,23 +38,8 @@ def text_block(text: str) -> Block:
     return {"type": "text", "text": text}
 
 
-def _parts(content: object) -> list[Mapping[str, Any]]:
-    if isinstance(content, str):
-        return [text_block(content)]
-    return [part for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
-
-
-def _text_of(part: Mapping[str, Any]) -> str:
-    text = part.get("text") or part.get("refusal")
-    return text if isinstance(text, str) else ""
-
-
-def all_text(content: object) -> str:
-    return "\n".join(text for part in _parts(content) if (text := _text_of(part)))
-
-
 def blocks_of(content: object) -> list[Block]:
-    return [block for part in _parts(content) if (block := _block(part))]
+    return [block for part in parts_of(content) if (block := _block(part))]
 
 
 def _block(part: Mapping[str, Any]) -> Block | None:
@@ -64,7 +50,7 @@ def _block(part: Mapping[str, Any]) -> Block | None:
             return _document(part)
         case "input_audio":
             raise _refused("This model takes no audio.")
-    text = _text_of(part)
+    text = part_text(part)
     return text_block(text) if text.strip() else None
 
 

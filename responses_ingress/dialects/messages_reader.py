@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import orjson
 
 from responses_ingress.core.deltas import Close, Delta, Finish, Item, Kind, Note, Open, Status, Text
+from responses_ingress.core.items import seal
 from responses_ingress.dialects.failures import in_band
 from responses_ingress.dialects.line import Call, Entry, Piece, Prose
-from responses_ingress.dialects.sealed import seal
 from responses_ingress.dialects.tools import ToolMap
 from responses_ingress.errors import UpstreamInvalid, UpstreamTruncated
 

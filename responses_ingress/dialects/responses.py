@@ -19,9 +19,9 @@ import orjson
 
 from responses_ingress.core.channels import ANNOTATION, FIELDS, PARTS, Channel, kind_of, seals
 from responses_ingress.core.deltas import Accepted, Close, Delta, Finish, Item, Kind, Mark, Open
+from responses_ingress.core.items import seal
 from responses_ingress.core.replay import bare, bare_part, deltas_of_response, ended_as, ending
 from responses_ingress.dialects.failures import in_band
-from responses_ingress.dialects.sealed import seal
 from responses_ingress.dialects.slot import Slot
 from responses_ingress.errors import UpstreamInvalid, UpstreamTruncated
 from responses_ingress.ids import PREFIXES
@@ -68,9 +68,13 @@ class ResponsesReader:
         """Whether the response has ended; whatever else comes is of no interest."""
         return self._ended
 
-    def feed(self, event: Mapping[str, Any]) -> list[Delta]:
+    finished = ended
+
+    def feed(self, event: Any) -> list[Delta]:
         if self._ended:
             return []
+        if not isinstance(event, dict):
+            raise UpstreamInvalid("The upstream sent an event that is no object.")
         name = event.get("type")
         if not isinstance(name, str):
             if event.get("error"):
@@ -79,14 +83,16 @@ class ResponsesReader:
         step = _STEPS.get(name)
         return step(self, event) if step else self._mark(name, event)
 
-    def finish(self) -> list[Delta]:
+    def end(self) -> list[Delta]:
         """The stream is over."""
         if not self._ended:
             raise UpstreamTruncated("The upstream's stream ended before its response did.")
         return []
 
-    def read_json(self, response: Mapping[str, Any]) -> list[Delta]:
+    def read_json(self, response: Any) -> list[Delta]:
         """A whole answer."""
+        if not isinstance(response, dict):
+            raise UpstreamInvalid("The upstream answered with something that is no response.")
         status = ended_as(response)
         if status is None and not response.get("status") and response.get("error"):
             return self._error(response)

@@ -15,9 +15,8 @@ import orjson
 
 from responses_ingress.core.channels import is_half_a_call
 from responses_ingress.core.deltas import Item
-from responses_ingress.core.items import CALLS, OUTPUTS, digest, is_anchor
+from responses_ingress.core.items import CALLS, OUTPUTS, digest, is_anchor, unseal
 from responses_ingress.core.turn import Turn
-from responses_ingress.dialects.sealed import unseal
 from responses_ingress.ids import is_named
 
 _ENCRYPTED = "reasoning.encrypted_content"

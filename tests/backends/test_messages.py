@@ -153,7 +153,7 @@ async def test_after_the_end_it_reads_no_further_and_leaves(upstream: Upstream, 
 async def test_an_answer_with_a_stop_reason_is_whole_however_it_ends(
     upstream: Upstream, backend: MessagesBackend, monkeypatch: pytest.MonkeyPatch, close: Any
 ) -> None:
-    monkeypatch.setattr("responses_ingress.backends.messages._AFTERMATH", 0.05)
+    monkeypatch.setattr("responses_ingress.backends.exchange._AFTERMATH", 0.05)
     upstream.script(streamed(OPEN, word("hi"), CLOSE, close=close))
     async with asyncio.timeout(2):
         assert await answered(backend) == [("message", "hi")]
@@ -363,7 +363,7 @@ async def test_leaving_the_deltas_closes_the_upstreams_connection(upstream: Upst
 async def test_what_is_left_out_is_logged_once_and_no_names_that_clients_make_up(
     upstream: Upstream, backend: MessagesBackend, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", "responses_ingress.backends.messages")
+    caplog.set_level("INFO", "responses_ingress.backends.exchange")
     foreign = {"type": "reasoning", "summary": [], "encrypted_content": "openai:secret"}
     upstream.script(hi(), hi())
     for _ in range(2):
@@ -388,32 +388,3 @@ async def test_it_lists_the_upstreams_models(upstream: Upstream, backend: Messag
     assert await backend.models() == ["claude-a", "claude-b"]
     assert (upstream.requests[0].method, upstream.requests[0].path) == ("GET", "/v1/models")
     assert upstream.requests[0].headers["anthropic-version"] == "2023-06-01"
-
-
-@pytest.mark.parametrize("body", [b"null", b"[]", b"{}", b'{"data":{"id":"a"}}', b'{"data":null}'])
-async def test_a_list_of_models_that_is_none_is_an_error(body: bytes) -> None:
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
-        writer.close()
-
-    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-        port = server.sockets[0].getsockname()[1]
-        backend = MessagesBackend(Settings("odd", f"http://127.0.0.1:{port}/v1"), MessagesOptions())
-        with pytest.raises(UpstreamInvalid, match="does not list its models"):
-            await backend.models()
-        await backend.close()
-
-
-async def test_a_list_of_models_is_not_waited_for_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read()  # until the client leaves
-        writer.close()
-
-    monkeypatch.setattr("responses_ingress.backends.messages._LISTING", 0.05)
-    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-        port = server.sockets[0].getsockname()[1]
-        backend = MessagesBackend(Settings("slow", f"http://127.0.0.1:{port}/v1"), MessagesOptions())
-        with pytest.raises(UpstreamTimeout, match="list its models"):
-            await asyncio.wait_for(backend.models(), 2)
-        await backend.close()

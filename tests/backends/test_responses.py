@@ -11,10 +11,9 @@ from responses_ingress.backends.responses import ResponsesBackend, options_for
 from responses_ingress.backends.upstream import Timeouts
 from responses_ingress.backends.upstream import Upstream as Settings
 from responses_ingress.core.deltas import Accepted, Delta, Finish, Mark, Remember, Text
-from responses_ingress.core.items import user_message
+from responses_ingress.core.items import seal, user_message
 from responses_ingress.core.turn import Turn
 from responses_ingress.dialects.responses_encoder import ResponsesOptions
-from responses_ingress.dialects.sealed import seal
 from responses_ingress.errors import (
     IngressError,
     UpstreamError,
@@ -422,24 +421,6 @@ async def test_a_connection_stays_good_after_an_answer_and_after_a_refusal(
 )
 def test_openai_gets_no_open_reasoning(url: str, expected: bool) -> None:
     assert options_for(url, ResponsesOptions()).open_reasoning is expected
-
-
-@pytest.mark.parametrize("listed", [None, [], {}, {"data": None}, {"data": {"id": "a"}}], ids=str)
-async def test_a_list_of_models_that_is_none_is_an_error(
-    provider: Provider, backend: ResponsesBackend, listed: Any
-) -> None:
-    provider.on_models = Reply(listed)
-    with pytest.raises(UpstreamInvalid, match="does not list its models"):
-        await backend.models()
-
-
-async def test_a_list_of_models_is_not_waited_for_for_long(
-    provider: Provider, backend: ResponsesBackend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("responses_ingress.backends.responses._LISTING", 0.05)
-    provider.on_models = Reply({}, hold=asyncio.Event())
-    with pytest.raises(UpstreamTimeout, match="list its models"):
-        await backend.models()
 
 
 async def test_it_lists_the_upstreams_models(provider: Provider, backend: ResponsesBackend) -> None:

@@ -480,7 +480,7 @@ async def test_a_body_over_the_limit_is_not_read_to_its_end(upstream: Scripted, 
 
 async def test_an_errors_body_is_given_whole(upstream: Scripted, client: Client) -> None:
     upstream.script(Reply(body=b"x" * 65_536, status=500))
-    assert await (await client.post(PATH, b"{}")).read_error() == b"x" * 65_536
+    assert await (await client.post(PATH, b"{}")).read_refusal() == b"x" * 65_536
 
 
 @pytest.mark.parametrize("rest", [[b"x" * 100_000, asyncio.Event()], []], ids=["huge", "broken"])
@@ -489,7 +489,7 @@ async def test_of_a_huge_or_broken_error_the_beginning_is_given(
 ) -> None:
     upstream.script(Stream([b"It broke. ", *rest], close="eof", status=500))
     answer = await client.post(PATH, b"{}")
-    body = await answer.read_error()
+    body = await answer.read_refusal()
     answer.close()
     assert body.startswith(b"It broke. ")
     assert len(body) <= 65_536
@@ -498,7 +498,7 @@ async def test_of_a_huge_or_broken_error_the_beginning_is_given(
 async def test_of_a_huge_error_no_more_than_needed_is_read(upstream: Scripted, client: Client) -> None:
     upstream.script(Stream([b"x" * 100_000, asyncio.Event()], status=500))
     answer = await client.post(PATH, b"{}")
-    assert len(await answer.read_error()) <= 65_536
+    assert len(await answer.read_refusal()) <= 65_536
     answer.close()
     await upstream.closed(0)
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from responses_ingress.core.items import seal
 from responses_ingress.core.turn import Turn
 from responses_ingress.dialects.messages import MessagesCall, MessagesOptions, encode, refuses_thinking
-from responses_ingress.dialects.sealed import seal
 from responses_ingress.dialects.tools import Tool
 from responses_ingress.errors import InvalidRequest
 

@@ -5,7 +5,7 @@ from typing import Any
 import orjson
 import pytest
 
-from responses_ingress.dialects.messages_content import all_text, blocks_of, text_block, thought_of
+from responses_ingress.dialects.messages_content import blocks_of, text_block, thought_of
 from responses_ingress.errors import InvalidRequest
 
 Json = dict[str, Any]
@@ -79,13 +79,6 @@ def test_content_that_the_api_has_no_form_for_is_refused(part: Json) -> None:
     with pytest.raises(InvalidRequest) as caught:
         blocks_of([part])
     assert (caught.value.param, caught.value.status) == ("input", 400)
-
-
-def test_all_text() -> None:
-    parts = [{"type": "input_text", "text": "a"}, {"type": "input_image"}, {"type": "refusal", "refusal": "b"}, "c"]
-    assert all_text(parts) == "a\nb"
-    assert all_text("a") == "a"
-    assert all_text(None) == all_text(7) == ""
 
 
 @pytest.mark.parametrize(

@@ -267,7 +267,7 @@ def test_a_json_answer() -> None:
     events = events_of(deltas, reader.envelope)
     check_stream(events)
     assert events[-1]["response"] == response
-    assert reader.feed(EVENTS[0]) == [] and reader.finish() == []
+    assert reader.feed(EVENTS[0]) == [] and reader.end() == []
 
 
 @pytest.mark.parametrize("status", ["queued", "in_progress", None])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from responses_ingress.core.items import user_message
+from responses_ingress.core.items import seal, unseal, user_message
 from responses_ingress.core.turn import Turn
 from responses_ingress.dialects.responses_encoder import (
     ResponsesOptions,
@@ -16,7 +16,6 @@ from responses_ingress.dialects.responses_encoder import (
     encode,
     memory_of,
 )
-from responses_ingress.dialects.sealed import seal, unseal
 from tests.core.shapes import Json, call, reasoning, text_item
 
 NAMED = "thread_0123456789abcdef01" + 32 * "0"

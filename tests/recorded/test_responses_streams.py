@@ -91,7 +91,7 @@ def test_a_stream_comes_out_as_it_went_in(name: str) -> None:
     events = sent(name)
     reader = ResponsesReader()
     deltas = [delta for event in events for delta in reader.feed(event)]
-    deltas += reader.finish()
+    deltas += reader.end()
     assert reader.envelope is not None
     ours = came_out(deltas, dict(reader.envelope))
     check_stream(ours, interleaved=name in (ROUTER, BACKFILLED), backfilled=name == BACKFILLED)
