@@ -18,8 +18,9 @@ from responses_ingress.core.envelope import open_envelope
 from responses_ingress.core.request import _MOST_NAME, KNOWN_FIELDS, parse_request
 from responses_ingress.core.turn import Turn
 from responses_ingress.dialects.chat import ChatOptions, encode
-from responses_ingress.settings import PREFIX, Route, Settings, Upstream, load
+from responses_ingress.settings import PREFIX, Route, Settings, load
 from responses_ingress.store.tables import metadata
+from responses_ingress.upstream_settings import Upstream
 from responses_ingress.web.exchange import _MOST_VALUES
 from responses_ingress.web.routes import _ROUTES
 from tests.test_rooms import EVERYTHING, ROOMS

@@ -23,7 +23,8 @@ ROOMS = {
     "runs": {"core", "store", "runs", "backends.base"},
     "web": {"core", "dialects", "runs", "store", "web"},
     "testing": {"core", "backends.base"},
-    "settings": set(),
+    "settings": {"upstream_settings"},
+    "upstream_settings": set(),
     "errors": set(),
     "ids": set(),
 }

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from responses_ingress.errors import SettingsError
-from responses_ingress.settings import Route, Settings, Upstream, load
+from responses_ingress.settings import Route, Settings, load
+from responses_ingress.upstream_settings import Upstream
 
 TWO = {"upstreams": {"a": {"url": "http://a/v1"}, "b": {"url": "http://b/v1/"}}, "default_upstream": "a"}
 
@@ -102,8 +103,8 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str, says: str) -> None:
     ("given", "says"),
     [
         ({"backend": "chat"}, "'upstream' must give the address"),
-        ({"upstream": "http://a"}, "'backend' must be chat"),
-        ({"backend": "echo", "upstream": "http://a"}, "'backend' must be chat"),
+        ({"upstream": "http://a"}, "'backend' must say what is there"),
+        ({"backend": "echo", "upstream": "http://a"}, "'backend' must say what is there"),
         ({"backend": "chat", "upstream": "localhost:1"}, "must begin with http://"),
         (TWO | {"backend": "echo"}, "'upstreams' is given too"),
         (TWO | {"routes": [{"model": "x", "upstream": "c"}]}, "leads to 'c'"),
