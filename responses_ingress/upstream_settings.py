@@ -155,10 +155,13 @@ def check_upstream(name: str, upstream: Upstream) -> None:
     where = f"upstreams.{name}"
     if ":" in name:
         raise SettingsError(f"The name of an upstream must not hold a colon, as '{name}' does.")
-    for option in Upstream.model_fields:
-        if option in upstream.model_fields_set and upstream.kind not in _TAKEN_BY.get(option, {upstream.kind}):
-            kinds = " and ".join(sorted(_TAKEN_BY[option]))
-            raise SettingsError(f"'{where}' is of kind {upstream.kind}, which takes no '{option}'; {kinds} do.")
+    for option in sorted(upstream.model_fields_set):
+        kinds = _TAKEN_BY.get(option)
+        if kinds and upstream.kind not in kinds and getattr(upstream, option) is not None:
+            raise SettingsError(
+                f"'{where}' is of kind {upstream.kind}, which takes no '{option}'. It is an option of"
+                f" {', '.join(sorted(kinds))}."
+            )
     if upstream.kind == "echo":
         return
     if not upstream.url:
@@ -180,6 +183,6 @@ def check_address(name: str, url: str) -> None:
 def _check_certificates(name: str, path: Path) -> None:
     try:
         ssl.create_default_context(cafile=path)
-    except OSError as error:  # also what is wrong with a certificate
-        why = error.strerror or "it holds no certificates"
+    except OSError as error:
+        why = "it holds no certificates" if isinstance(error, ssl.SSLError) else error.strerror
         raise SettingsError(f"The file {path} that '{name}' names cannot be used: {why}.") from None

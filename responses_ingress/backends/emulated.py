@@ -63,6 +63,12 @@ class EmulatedTools:
             return self._mode
         return "emulated" if self._until.get(model, 0.0) > self._clock() else "native"
 
+    @property
+    def without_tools(self) -> list[str]:
+        """The models whose upstream has said that it has no tools for them."""
+        now = self._clock()
+        return [model for model, until in self._until.items() if until > now]
+
     def stream(self, turn: Turn) -> AsyncGenerator[Sequence[Delta], None]:
         marked = turn.resume is not None and _MARK in turn.resume
         turn = replace(turn, memory=_unmarked(turn.memory), resume=_unmarked(turn.resume))

@@ -31,21 +31,21 @@ Message = dict[str, Any]
 class MessagesOptions:
     """How one upstream wants its messages requests.
 
-    max_tokens: sent where the client sets no `max_output_tokens`; the API demands a number.
-    thinking:   what a reasoning effort becomes. `adaptive`: the effort itself, for Claude 4.6 and later;
-                `budget`: a number of tokens, for Claude 4.6 and earlier; `off`: nothing.
-    system:     where system and developer messages go that stand behind the first user message. `user`: into
-                the user's message, marked; `in_place`: as messages of role `system` (Claude Opus 4.8 and
-                later); `leading`: into the system prompt, which invalidates the cache and the signatures.
-    schema:     how a JSON schema is asked for: `native`, or by `instruction` where the model has no support.
-    cache:      whether to mark what should be cached.
-    forward:    further request fields to pass on as they are.
+    max_tokens:  sent where the client sets no `max_output_tokens`; the API demands a number.
+    thinking:    what a reasoning effort becomes. `adaptive`: the effort itself, for Claude 4.6 and later;
+                 `budget`: a number of tokens, for Claude 4.6 and earlier; `off`: nothing.
+    system:      where system and developer messages go that stand behind the first user message. `user`: into
+                 the user's message, marked; `in_place`: as messages of role `system` (Claude Opus 4.8 and
+                 later); `leading`: into the system prompt, which invalidates the cache and the signatures.
+    json_schema: how a JSON schema is asked for: `native`, or by `instruction` where the model has no support.
+    cache:       whether to mark what should be cached.
+    forward:     further request fields to pass on as they are.
     """
 
     max_tokens: int = 32_000
     thinking: Literal["adaptive", "budget", "off"] = "adaptive"
     system: Literal["user", "in_place", "leading"] = "user"
-    schema: Literal["native", "instruction"] = "native"
+    json_schema: Literal["native", "instruction"] = "native"
     cache: bool = True
     forward: tuple[str, ...] = ()
 
@@ -139,7 +139,7 @@ def _output_config(given: Mapping[str, Any], options: MessagesOptions) -> dict[s
     if effort not in (None, "none") and options.thinking == "adaptive":
         config["effort"] = _LEVELS.get(effort, effort)
     format = (given.get("text") or {}).get("format") or {}
-    if format.get("type") == "json_schema" and options.schema == "native":
+    if format.get("type") == "json_schema" and options.json_schema == "native":
         config["format"] = {"type": "json_schema", "schema": format.get("schema")}
     return {"output_config": config} if config else {}
 
@@ -191,7 +191,7 @@ def _wanted_format(given: Mapping[str, Any], options: MessagesOptions) -> str:
     format = (given.get("text") or {}).get("format") or {}
     if format.get("type") == "json_object":
         return "Answer with one JSON object and nothing else."
-    if format.get("type") == "json_schema" and options.schema == "instruction":
+    if format.get("type") == "json_schema" and options.json_schema == "instruction":
         schema = orjson.dumps(format.get("schema")).decode()
         return f"Answer with nothing else than JSON that matches this JSON schema:\n{schema}"
     return ""

@@ -148,7 +148,7 @@ def test_parameters(given: Json, expected: Json) -> None:
 
 def test_options_of_the_request() -> None:
     options = MessagesOptions(
-        max_tokens=9, schema="instruction", thinking="off", cache=False, forward=("top_k", "model")
+        max_tokens=9, json_schema="instruction", thinking="off", cache=False, forward=("top_k", "model")
     )
     given = {"top_k": 0, "model": "other", "text": {"format": SCHEMA}, "reasoning": {"effort": "high"}}
     made = body(options, parameters=given, instructions="Be kind.", stream=False)

@@ -21,6 +21,7 @@ from responses_ingress.web.models import Models
 from responses_ingress.web.replies import StreamOptions
 from responses_ingress.web.responses import RequestLimits, Responses
 from responses_ingress.web.routes import Health, Web, build
+from responses_ingress.web.upstreams import Upstreams
 from tests.runs.stage import Json, Stage, staged
 from tests.wire import Answer
 
@@ -153,12 +154,14 @@ async def opened_site(
     limits: Limits | None = None,
     requests: RequestLimits | None = None,
     keys: Keyring | None = None,
+    upstreams: Upstreams | None = None,
 ) -> AsyncIterator[Site]:
     """The application over the database at `url`, started and stopped as a server would."""
     async with staged(url, limits) as stage:
         keyring = keys or Keyring()
         responses = Responses(stage.runner, stage.database, keyring, requests or RequestLimits(), stream)
-        web = Web(responses, Models(stage.runner, keyring), Health(stage.database, stage.metrics))
+        models, health = Models(stage.runner, keyring), Health(stage.database, stage.metrics)
+        web = Web(responses, models, health, upstreams or Upstreams(tuple, keyring))
 
         @asynccontextmanager
         async def open_web() -> AsyncIterator[Web]:
