@@ -376,6 +376,6 @@ def _error_of(given: Any) -> dict[str, Any]:
     """An upstream's error as the `error` of a failed response: its own code, but where ours says more."""
     error = in_band(given)
     code, message = (given.get("code"), given.get("message")) if isinstance(given, dict) else (None, None)
-    if not isinstance(code, str) or not isinstance(message, str):
+    if error["code"] == "upstream_refused" or not isinstance(code, str) or not isinstance(message, str):
         return {**error}
     return {"code": code if error["code"] == "server_error" else error["code"], "message": message}

@@ -219,6 +219,15 @@ def test_any_error_is_told_with_code_and_message(error: Any) -> None:
     assert detail is not None and set(detail) == {"code", "message"} and all(detail.values())
 
 
+def test_trouble_with_the_upstreams_key_shows_nothing_of_it() -> None:
+    error = {"code": "invalid_api_key", "message": "Incorrect API key provided: sk-proj-****1234."}
+    for deltas in (read([{"type": "error", "error": error}]), ResponsesReader().read_json({"error": error})):
+        assert finish_of(deltas).error == {
+            "code": "upstream_refused",
+            "message": "The upstream refused its credentials.",
+        }
+
+
 def test_a_full_context_has_its_one_code() -> None:
     error = {"code": "bad", "message": "This model's maximum context length is 8192 tokens."}
     detail = finish_of(read([{"type": "error", "error": error}])).error
