@@ -9,7 +9,7 @@ an owner stands in the row, so that it outlives the one who asked and the one wh
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from sqlalchemy import Executable, and_, bindparam, exists, null, or_, select, update
+from sqlalchemy import Executable, and_, bindparam, exists, literal_column, null, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from responses_ingress.errors import NotHandedOver, QueueFull
@@ -113,7 +113,7 @@ _PUT_BACK = (
 _FREE_THREAD = (
     update(threads)
     .where(threads.c.running == bindparam("response"), threads.c.id == bindparam("thread"))
-    .values(running=null(), lease_until=0.0)
+    .values(running=null(), lease_until=literal_column("0"))
 )
 
 
@@ -196,7 +196,7 @@ async def asked_of(connection: AsyncConnection, owner: str) -> list[tuple[str, L
 
 _SIGN = (
     update(responses)
-    .where(responses.c.id == bindparam("response"), responses.c.status.in_(RUNNING))
+    .where(responses.c.id == bindparam("response"), is_running)
     .values(followed_until=bindparam("until"))
 )
 

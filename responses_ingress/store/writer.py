@@ -32,7 +32,16 @@ from responses_ingress.store.wake import CHANNEL, Bell, payloads
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-FAULTS = (IntegrityError, DataError, ProgrammingError, NotSupportedError, ValueError, TypeError, OverflowError)
+FAULTS = (
+    IntegrityError,
+    DataError,
+    ProgrammingError,
+    NotSupportedError,
+    ValueError,
+    TypeError,
+    OverflowError,
+    LookupError,
+)
 """What is wrong with what was to be written."""
 
 OUTAGES = (DBAPIError, PoolTimeout, OSError)

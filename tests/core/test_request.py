@@ -176,11 +176,6 @@ def test_a_model_may_have_any_name_of_some_length(name: str) -> None:
     assert parse_request(asked(model=name)).model == name
 
 
-def test_the_background_is_refused_where_there_is_none() -> None:
-    assert refusal(asked(background=True), background=False) == (400, "unsupported_parameter", "background")
-    assert parse_request(asked(background=False), background=False).background is False
-
-
 def test_a_prompt_is_not_found() -> None:
     assert refusal(asked(prompt={"id": "pmpt_1"})) == (404, None, None)
 

@@ -33,7 +33,7 @@ Json = dict[str, Any]
 SESSION = Caller(thread_key="a session")
 _POLL = 0.005
 _WITH_PREAMBLE = """
-    SELECT r.*, p.payload AS preamble FROM responses r
+    SELECT r.*, p.payload AS told FROM responses r
     LEFT JOIN preambles p ON p.tenant = r.tenant AND p.digest = r.preamble WHERE r.id = ?
 """
 
@@ -119,7 +119,7 @@ class Stage:
         if not entries:
             return []
         (row,) = self.rows(_WITH_PREAMBLE, response_id)
-        known = StoredResponse(**{name: row[name] for name in StoredResponse._fields})
+        known = StoredResponse(**{name: row[name] for name in StoredResponse._fields} | {"preamble": row["told"]})
         return parsed(fold(envelope_at_creation(known), [entry["payload"] for entry in entries]).take())
 
 
