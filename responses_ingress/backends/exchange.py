@@ -16,7 +16,7 @@ import orjson
 from responses_ingress.backends.upstream import Answer, Client, parse_json
 from responses_ingress.core.deltas import Accepted, Delta
 from responses_ingress.dialects.sse import Parser, ServerEvent
-from responses_ingress.errors import UpstreamInvalid, UpstreamTimeout, UpstreamTruncated
+from responses_ingress.errors import UpstreamError, UpstreamInvalid, UpstreamTimeout, UpstreamTruncated
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +89,11 @@ async def _streamed(answer: Answer, reader: Reader, step: Step) -> AsyncGenerato
             async for chunk in chunks:
                 events = parser.feed(chunk)
                 for start in range(0, len(events), _PORTION):
-                    deltas = _read(events[start : start + _PORTION], reader, step)
+                    deltas, fault = _read(events[start : start + _PORTION], reader, step)
                     if deltas:
                         yield deltas
+                    if fault is not None:
+                        raise fault
                     if reader.ended:
                         return
                     if start + _PORTION < len(events):
@@ -104,19 +106,19 @@ async def _streamed(answer: Answer, reader: Reader, step: Step) -> AsyncGenerato
     yield reader.end()
 
 
-def _read(events: Sequence[ServerEvent], reader: Reader, step: Step) -> list[Delta]:
+def _read(events: Sequence[ServerEvent], reader: Reader, step: Step) -> tuple[list[Delta], UpstreamError | None]:
+    """The deltas of some events, and what is wrong with the one behind them: what was said before it stays said."""
     deltas: list[Delta] = []
     for name, data in events:
-        if data == _DONE:
-            return [*deltas, *reader.end()]
         try:
-            event = orjson.loads(data)
+            deltas += reader.end() if data == _DONE else step(name, orjson.loads(data))
         except orjson.JSONDecodeError:
-            raise UpstreamInvalid("The upstream sent an event that is not JSON.") from None
-        deltas += step(name, event)
+            return deltas, UpstreamInvalid("The upstream sent an event that is not JSON.")
+        except UpstreamError as fault:
+            return deltas, fault
         if reader.ended:
             break
-    return deltas
+    return deltas, None
 
 
 async def model_names(client: Client, path: str = "/models") -> Sequence[str]:

@@ -241,10 +241,21 @@ async def test_an_answer_that_is_none_is_an_error_that_says_why(
         await batches_of(backend)
 
 
-async def test_what_came_before_a_break_is_given(upstream: Upstream, backend: ChatBackend) -> None:
-    upstream.script(Stream([chunk({"content": "so"}), chunk({"content": " far"})], close="reset"))
+@pytest.mark.parametrize(
+    ("more", "close", "error"),
+    [
+        ([], "reset", UpstreamTruncated),
+        ([], "done", UpstreamTruncated),
+        ([b"data: {oh\n\n"], "done", UpstreamInvalid),
+        ([b"data: []\n\n"], "done", UpstreamInvalid),
+    ],
+)
+async def test_what_came_before_a_break_is_given(
+    upstream: Upstream, backend: ChatBackend, more: list[bytes], close: Any, error: type[UpstreamError]
+) -> None:
+    upstream.script(Stream([chunk({"content": "so"}), chunk({"content": " far"}), *more], close=close))
     deltas: list[Delta] = []
-    with pytest.raises(UpstreamTruncated):
+    with pytest.raises(error):
         async for batch in backend.stream(turn()):
             deltas += batch
     assert "".join(delta.text for delta in deltas if isinstance(delta, Text)) == "so far"

@@ -3,11 +3,9 @@ sent, and what a client sends back of it becomes the request that was recorded n
 out here, from the raw blocks, without the reader.
 """
 
-import os
 import random
 from collections.abc import Iterable, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -22,17 +20,11 @@ from responses_ingress.dialects.sse import Parser
 from responses_ingress.dialects.tools import ToolMap
 from responses_ingress.errors import UpstreamInvalid, UpstreamTruncated
 from tests.dialects.play import events_of
+from tests.recordings import recordings
 
 Json = dict[str, Any]
 
-VARIABLE = "RESPONSES_INGRESS_RECORDINGS"
-FOLDER = os.environ.get(VARIABLE)
-if FOLDER is None and os.environ.get("CI"):
-    pytest.fail(f"{VARIABLE} does not name the folder of recordings.", pytrace=False)
-if FOLDER is None:
-    pytest.skip(f"{VARIABLE} does not name the folder of recordings.", allow_module_level=True)
-
-RECORDINGS = {path.stem: orjson.loads(path.read_bytes()) for path in sorted(Path(FOLDER, "messages").glob("*.json"))}
+RECORDINGS = recordings("messages")
 STREAMS = [name for name, recording in RECORDINGS.items() if "stream" in recording]
 ERRORS = [name for name, recording in RECORDINGS.items() if recording["status"] >= 400]
 COUNTS = [name for name, recording in RECORDINGS.items() if "input_tokens" in (recording.get("body") or ())]

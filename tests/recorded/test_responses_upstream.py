@@ -2,10 +2,8 @@
 as they came, and background responses are polled as they were.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -21,17 +19,11 @@ from responses_ingress.core.turn import Turn
 from responses_ingress.dialects.responses_encoder import ResponsesOptions, encode
 from tests.backends.environment import proxies
 from tests.core.shapes import Json, build
+from tests.recordings import recordings, replayed
 from tests.responses_upstream import Provider
-from tests.upstream import Reply, Stream
+from tests.upstream import Reply
 
-VARIABLE = "RESPONSES_INGRESS_RECORDINGS"
-FOLDER = os.environ.get(VARIABLE)
-if FOLDER is None and os.environ.get("CI"):
-    pytest.fail(f"{VARIABLE} does not name the folder of recordings.", pytrace=False)
-if FOLDER is None:
-    pytest.skip(f"{VARIABLE} does not name the folder of recordings.", allow_module_level=True)
-
-RECORDINGS = {path.stem: orjson.loads(path.read_bytes()) for path in sorted(Path(FOLDER, "responses").glob("*.json"))}
+RECORDINGS = recordings("responses")
 CREATES = [
     name
     for name, recording in RECORDINGS.items()
@@ -100,8 +92,7 @@ def test_a_request_goes_out_as_it_was_made(name: str) -> None:
 
 async def answered(name: str, options: ResponsesOptions) -> list[Delta]:
     recording = RECORDINGS[name]
-    answer = Stream([recording["stream"].encode()], close="end") if "stream" in recording else Reply(recording["body"])
-    async with Provider(answer) as provider:
+    async with Provider(replayed(recording)) as provider:
         backend = ResponsesBackend(Settings("theirs", provider.url), options)
         batches = [batch async for batch in backend.stream(turn_of(recording["request"]["body"]))]
         await backend.close()

@@ -2,9 +2,7 @@
 that real models made natively come back when the same is said in text.
 """
 
-import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -21,20 +19,9 @@ from responses_ingress.dialects.text_calls import TextCalls
 from responses_ingress.dialects.tools import Tool, ToolMap
 from tests.core.shapes import ENVELOPE, build
 from tests.dialects.play import events_of, response_of
+from tests.recordings import recordings
 
 Json = dict[str, Any]
-
-VARIABLE = "RESPONSES_INGRESS_RECORDINGS"
-FOLDER = os.environ.get(VARIABLE)
-if FOLDER is None and os.environ.get("CI"):
-    pytest.fail(f"{VARIABLE} does not name the folder of recordings.", pytrace=False)
-if FOLDER is None:
-    pytest.skip(f"{VARIABLE} does not name the folder of recordings.", allow_module_level=True)
-
-
-def recordings(folder: str) -> dict[str, Json]:
-    return {path.stem: orjson.loads(path.read_bytes()) for path in sorted(Path(FOLDER or "", folder).glob("*.json"))}
-
 
 RESPONSES, CHAT = recordings("responses"), recordings("chat")
 STREAMS = [name for name, recording in RESPONSES.items() if "stream" in recording]
