@@ -76,8 +76,9 @@ def serve(config: Path | None, **flags: Any) -> None:
         sys.exit(serving.run(uvicorn.Config(create_app(settings), **_server_options(settings))))
     for name in [name for name in os.environ if name.startswith(PREFIX)]:
         del os.environ[name]
+    os.environ.update(settings.to_environment())
     listener = uvicorn.Config(create_app, **_server_options(settings)).bind_socket()
-    sys.exit(serving.run_workers(settings.workers, listener, worker_config, settings.to_environment()))
+    sys.exit(serving.run_workers(settings.workers, listener, worker_config))
 
 
 def worker_config() -> uvicorn.Config:

@@ -13,11 +13,10 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from types import FrameType
-from typing import Any
 
 import uvicorn
 
@@ -61,12 +60,10 @@ def run(config: uvicorn.Config) -> int:
     return 0 if server.started else CANNOT_START
 
 
-def run_workers(
-    count: int, listener: socket.socket, make_config: Callable[[], uvicorn.Config], environment: Mapping[str, str]
-) -> int:
+def run_workers(count: int, listener: socket.socket, make_config: Callable[[], uvicorn.Config]) -> int:
     """Serve in `count` processes until this one is told to stop; the exit code. `make_config` must be a function
-    that can be imported; it is called in each worker, which sees `environment` too."""
-    fleet = _Fleet(listener, make_config, environment)
+    that can be imported; it is called in each worker, in this process's environment."""
+    fleet = _Fleet(listener, make_config)
     for number in _SIGNALS:
         signal.signal(number, fleet.stop)
     fleet.start(count)
@@ -76,8 +73,8 @@ def run_workers(
 class _Fleet:
     """The workers of one server."""
 
-    def __init__(self, listener: socket.socket, make_config: Any, environment: Mapping[str, str]) -> None:
-        self._given = (listener, make_config, dict(environment))
+    def __init__(self, listener: socket.socket, make_config: Callable[[], uvicorn.Config]) -> None:
+        self._given = (listener, make_config)
         self._workers: list[SpawnProcess] = []
         self._stopping = False
         self._code = 0
@@ -115,9 +112,8 @@ class _Fleet:
         return self._code
 
 
-def _work(listener: socket.socket, make_config: Callable[[], uvicorn.Config], environment: Mapping[str, str]) -> None:
+def _work(listener: socket.socket, make_config: Callable[[], uvicorn.Config]) -> None:
     """A worker's whole life."""
-    os.environ.update(environment)
     server = Server(make_config())
     server.run(sockets=[listener])
     sys.exit(0 if server.started else CANNOT_START)

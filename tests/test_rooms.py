@@ -27,6 +27,7 @@ ROOMS = {
     "upstream_settings": set(),
     "errors": set(),
     "ids": set(),
+    "serving": set(),
 }
 EVERYTHING = {"app", "cli"}
 PURE = {"core", "dialects"}

@@ -310,9 +310,12 @@ class Run:
             self._kit.at("publish.after")
 
     def _entry(self) -> Entry:
-        """What is not in the journal yet, as its next row."""
+        """What is not in the journal yet, as its next row. One that makes no event has the place of the next, which
+        takes over what is in it."""
         first, self._written = self._written, self._builder.number
-        payload, self._unwritten = encode_deltas(self._unwritten), []
+        payload = encode_deltas(self._unwritten)
+        if self._written > first:
+            self._unwritten = []
         return Entry(first, self._written - first, payload)
 
     def _write(self, record: Record) -> "asyncio.Future[None]":

@@ -309,10 +309,10 @@ class Runner:
         """Cancel a background response, wherever it runs, and wait for its end, but not for ever; its row then. None
         where there is none."""
         row = await self._find(tenant, response_id)
+        if row is not None and not row.background:
+            raise InvalidRequest("Cannot cancel a synchronous response.")
         if row is None or not row.running:
             return row
-        if not row.background:
-            raise InvalidRequest("Cannot cancel a synchronous response.")
         reason = Cancelled("The response was cancelled.")
         patience = asyncio.get_running_loop().time() + _CANCEL_PATIENCE
         with self.database.bell.listen(row.id) as ear:

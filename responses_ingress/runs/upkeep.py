@@ -150,7 +150,7 @@ class Upkeep:
         if (most := retention.most_responses) is not None:
             sweeps.append(lambda connection: delete_beyond(connection, most))
         if (kept := retention.threads) is not None:
-            sweeps.append(lambda connection: delete_idle_threads(connection, now - kept, now))
+            sweeps.append(lambda connection: delete_idle_threads(connection, now - kept))
         return sweeps
 
     async def _sweep(self, sweep: Sweep) -> None:

@@ -87,18 +87,18 @@ _IDLE = (
     select(threads.c.id)
     .where(
         threads.c.updated_at < bindparam("before"),
-        or_(threads.c.running.is_(None), threads.c.lease_until < bindparam("now")),
+        or_(threads.c.running.is_(None), ~exists().where(responses.c.id == threads.c.running, is_running)),
     )
     .order_by(threads.c.updated_at)
     .limit(MOST)
-    .with_for_update(skip_locked=True)
+    .with_for_update(skip_locked=True, of=threads)
 )
 
 
-async def delete_idle_threads(connection: AsyncConnection, before: float, now: float) -> int:
+async def delete_idle_threads(connection: AsyncConnection, before: float) -> int:
     """Delete some of the threads that nobody used since `before`; how many. Responses of theirs that are still
     kept keep their history."""
-    ids = (await connection.execute(_IDLE, {"before": before, "now": now})).scalars().all()
+    ids = (await connection.execute(_IDLE, {"before": before})).scalars().all()
     if ids:
         theirs = (await connection.execute(select(branches.c.id).where(branches.c.thread_id.in_(ids)))).scalars().all()
         await connection.execute(delete(threads).where(threads.c.id.in_(ids)))

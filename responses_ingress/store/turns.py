@@ -49,10 +49,12 @@ _NEW = (
 )
 _INSERT_RESPONSE = insert_of(responses, *_NEW)
 _INSERT_ITEM = insert_of(items)
-# A batch whose commit nobody heard of is written again; the lease's epoch has seen to it that it is the same.
+# A batch whose commit nobody heard of is written again, and one without events again with what comes after it; the
+# lease's epoch has seen to it that both are this run's.
 _INSERT_JOURNAL = text(
     "INSERT INTO journal (response_id, first, tenant, count, payload)"
-    " VALUES (:response_id, :first, :tenant, :count, :payload) ON CONFLICT DO NOTHING"
+    " VALUES (:response_id, :first, :tenant, :count, :payload)"
+    " ON CONFLICT (response_id, first) DO UPDATE SET count = excluded.count, payload = excluded.payload"
 )
 _INSERT_PREAMBLE = text(
     "INSERT INTO preambles (tenant, digest, payload) VALUES (:tenant, :digest, :payload) ON CONFLICT DO NOTHING"
@@ -346,9 +348,12 @@ def use(response_id: str, keep: Keep) -> Unit[None]:
 def write_end(
     batch: Batch, response_id: str, placement: Placement, ending: Ending, branch_id: str | None = None
 ) -> None:
-    """Write the row of a response that has ended, and the end of its journal."""
-    if ending.journal is not None:
+    """Write the row of a response that has ended, and the end of its journal; where nobody can come back for
+    that, it goes."""
+    if ending.journal is not None and ending.lingers:
         _add_entry(batch, response_id, placement.tenant, ending.journal)
+    elif ending.journal is not None:
+        batch.add(DELETE_JOURNAL, response=response_id)
     batch.add(_END_RESPONSE, response=response_id, **_end_row(placement, ending, branch_id, batch.now))
 
 

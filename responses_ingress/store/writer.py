@@ -48,14 +48,14 @@ OUTAGES = (DBAPIError, PoolTimeout, OSError)
 """Any other failure: a database that cannot be reached, or cannot write for now. Where the driver tells an
 SQLSTATE, that decides (`_is_fault`): under PostgreSQL SQLAlchemy gives most errors the one class."""
 
-_FAULTY_STATES = ("22", "23", "42", "0A")  # data, integrity, syntax or access, not supported
+_FAULTY_STATES = ("22", "23", "42", "54", "0A")  # data, integrity, syntax or access, too much, not supported
 _CONTENTION = ("40001", "40P01")  # serialization failure, deadlock: the transaction may simply be tried again
 
 RUNNING = ("queued", "in_progress")
 
 _MOST_UNITS = 200
 _RETRY_DELAY = 0.5
-_PATIENCE = 60.0
+PATIENCE = 60.0
 """Seconds that work under way waits for a database that is down."""
 
 
@@ -236,11 +236,12 @@ _NOTIFY = text("SELECT pg_notify(:channel, :payload)")
 class Writer:
     """The writer of one process. `submit` from the loop it runs in; `close` when all is submitted."""
 
-    def __init__(self, engine: AsyncEngine, clock: Clock, bell: Bell) -> None:
+    def __init__(self, engine: AsyncEngine, clock: Clock, bell: Bell, patience: float = PATIENCE) -> None:
         self._loop = asyncio.get_running_loop()
         self._engine = engine
         self._clock = clock
         self._bell = bell
+        self._patience = patience
         self._many = engine.dialect.name == "postgresql"
         """Whether others write at the same time: SQLite lets one in at a time."""
         self._pending: list[_Pending[Any]] = []
@@ -276,34 +277,39 @@ class Writer:
             self._wake.clear()
             while self._pending:
                 batch, self._pending = self._pending[:_MOST_UNITS], self._pending[_MOST_UNITS:]
-                await self._commit(batch)
+                self._pending[:0] = await self._commit(batch)
 
-    async def _commit(self, pending: Sequence[_Pending[Any]]) -> None:
+    async def _commit(self, pending: Sequence[_Pending[Any]]) -> Sequence[_Pending[Any]]:
+        """Write these; what of them is to be tried again, before anything that came later."""
         try:
             results = await self._transact(pending)
         except (*FAULTS, *OUTAGES) as error:
-            if _is_fault(error):
-                await self._commit_singly(pending, error)
-            else:
-                await self._put_off(pending, error)
-        else:
-            for one, result in zip(pending, results, strict=True):
-                one.fail(result) if isinstance(result, Exception) else one.succeed(result)
+            if not _is_fault(error):
+                return await self._put_off(pending, error)
+            return await (self._commit_singly(pending) if len(pending) > 1 else self._try_again(pending[0], error))
+        for one, result in zip(pending, results, strict=True):
+            one.fail(result) if isinstance(result, Exception) else one.succeed(result)
+        return ()
 
-    async def _commit_singly(self, pending: Sequence[_Pending[Any]], error: Exception) -> None:
-        """One of these cannot be written: alone, it fails alone. Or another worker was first with a row that
-        it inserts: applied again, with the facts as they are now, it finds that row."""
-        if len(pending) > 1:
-            for one in pending:
-                await self._commit([one])
-        elif pending[0].tried:
-            logger.error("a unit of work cannot be written: %s", kind(error))
-            pending[0].fail(StoreUnavailable("The database refused to store this.", retry_after=2))
-        else:
-            pending[0].tried = True
-            await self._commit(pending)
+    async def _commit_singly(self, pending: Sequence[_Pending[Any]]) -> Sequence[_Pending[Any]]:
+        """One of these cannot be written: alone, it fails alone. None passes one that is put off."""
+        for at, one in enumerate(pending):
+            left = await self._commit((one,))
+            if left:
+                return [*left, *pending[at + 1 :]]
+        return ()
 
-    async def _put_off(self, pending: Sequence[_Pending[Any]], error: Exception) -> None:
+    async def _try_again(self, one: _Pending[Any], error: Exception) -> Sequence[_Pending[Any]]:
+        """Where another worker was first with a row that the unit inserts, it finds that row when it is applied
+        again, with the facts as they are now."""
+        if not one.tried:
+            one.tried = True
+            return await self._commit((one,))
+        logger.error("a unit of work cannot be written: %s", kind(error))
+        one.fail(StoreUnavailable("The database refused to store this.", retry_after=2))
+        return ()
+
+    async def _put_off(self, pending: Sequence[_Pending[Any]], error: Exception) -> Sequence[_Pending[Any]]:
         """The database cannot be reached: requests fail, work under way waits for it, up to a limit. Where
         two workers were only in each other's way, everything is tried again."""
         contended = sqlstate(error) in _CONTENTION
@@ -313,13 +319,13 @@ class Writer:
         waiting = []
         for one in pending:
             one.since = one.since or now
-            if (one.unit.patient or contended) and now - one.since < _PATIENCE:
+            if (one.unit.patient or contended) and now - one.since < self._patience:
                 waiting.append(one)
             else:
                 one.fail(StoreUnavailable("The database cannot be written to now.", retry_after=2))
-        self._pending[:0] = waiting
         if not contended:
             await asyncio.sleep(_RETRY_DELAY)
+        return waiting
 
     async def _transact(self, pending: Sequence[_Pending[Any]]) -> list[Any]:
         """One transaction; each unit's result, or the error it refused with."""
@@ -366,8 +372,8 @@ class Writer:
 
 
 def kind(error: Exception) -> str:
-    """The driver's error by name: its text may hold what was to be written."""
-    return type(getattr(error, "orig", None) or error).__name__
+    """The driver's error by name and SQLSTATE: its text may hold what was to be written."""
+    return f"{type(getattr(error, 'orig', None) or error).__name__} {sqlstate(error)}".rstrip()
 
 
 def sqlstate(error: Exception) -> str:

@@ -15,7 +15,8 @@ from responses_ingress.core.items import digest
 from responses_ingress.ids import Ids, named_thread, partition_of
 from responses_ingress.store.database import Database
 from responses_ingress.store.history import ThreadHead, find_thread, read_payloads
-from responses_ingress.store.responses import StoredResponse, find_response
+from responses_ingress.store.queue import renew_leases
+from responses_ingress.store.responses import StoredResponse, find_response, load
 from responses_ingress.store.retention import delete_response
 from responses_ingress.store.tables import metadata
 from responses_ingress.store.turns import append_journal, begin, end
@@ -100,13 +101,10 @@ class Desk:
     def ending(
         self, response_id: str, placement: Placement, input: Sequence[str], output: Sequence[str], **facts: Any
     ) -> Unit[None]:
-        ending = Ending(
-            status="completed",
-            input=self.items(*input),
-            output=[self.item(text, "assistant") for text in output],
-        )
+        output_items = [self.item(text, "assistant") for text in output]
+        ending = Ending("completed", self.items(*input), output_items, lingers=False)
         owner = facts.pop("owner", self.owner)
-        return end(response_id, owner, placement, replace(ending, lingers=False, **facts))
+        return end(response_id, owner, placement, replace(ending, **facts))
 
     async def end(
         self, response_id: str, placement: Placement, input: Sequence[str], output: Sequence[str], **facts: Any
@@ -119,6 +117,14 @@ class Desk:
         response_id = await self.begin(placement, **beginning)
         await self.end(response_id, placement, [said], [answer], **facts)
         return response_id
+
+    async def renew(self, response_id: str, until: float | None = None) -> None:
+        """Keep the lease of a response for as long as a fresh one."""
+        async with self.database.reading() as connection:
+            [row] = await load(connection, [response_id])
+        async with self.database.transaction() as connection:
+            until = until or self.clock() + LEASE
+            await renew_leases(connection, self.owner.name, {row.id: row.thread_id}, until)
 
     async def delete(self, response_id: str, tenant: str = "") -> bool:
         async with self.database.transaction() as connection:

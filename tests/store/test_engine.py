@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from responses_ingress.store.engine import is_sqlite, read_engine, write_engine
 from responses_ingress.store.tables import branches
+from responses_ingress.store.wake import Bell
 from responses_ingress.store.writer import Batch, Unit, Writer
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +42,7 @@ def add_one(batch: Batch) -> None:
 async def count_up(url: str, times: int) -> None:
     """As one worker does, a transaction for each."""
     engine = write_engine(url)
-    writer = Writer(engine, lambda: 0.0)
+    writer = Writer(engine, lambda: 0.0, Bell())
     for _ in range(times):
         await writer.submit(Unit(add_one, branches=("b",)))
     await writer.close()

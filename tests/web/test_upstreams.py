@@ -3,10 +3,10 @@ from hashlib import sha256
 import pytest
 
 from responses_ingress.web.callers import Keyring
-from responses_ingress.web.upstreams import Upstreams, UpstreamStatus
-from tests.web.asgi import opened_site
+from responses_ingress.web.upstreams import UpstreamStatus
+from tests.web.asgi import ADMIN, Site, opened_site
 
-KEYS = Keyring((("ops", sha256(b"key-ops").digest()), ("a", sha256(b"key-a").digest())))
+KEYS = Keyring(((ADMIN, sha256(b"key-ops").digest()), ("a", sha256(b"key-a").digest())))
 BARE = {
     "id": "echo",
     "object": "upstream",
@@ -21,28 +21,24 @@ BARE = {
     "tools": None,
     "completion_window": None,
 }
+FULL = UpstreamStatus(
+    name="slow",
+    kind="background",
+    in_flight=2,
+    waiting=1,
+    max_concurrent=2,
+    max_waiting=7,
+    last_success=10.5,
+    last_error=("upstream_timeout", 11.5),
+    tools="auto",
+    without_tools=["m"],
+    completion_window="24h",
+)
 
 
-def told(*statuses: UpstreamStatus) -> Upstreams:
-    return Upstreams(lambda: statuses, Keyring())
-
-
-async def test_all_upstreams_are_told_of(migrated_database: str) -> None:
-    full = UpstreamStatus(
-        name="slow",
-        kind="background",
-        in_flight=2,
-        waiting=1,
-        max_concurrent=2,
-        max_waiting=7,
-        last_success=10.5,
-        last_error=("upstream_timeout", 11.5),
-        tools="auto",
-        without_tools=["m"],
-        completion_window="24h",
-    )
-    async with opened_site(migrated_database, upstreams=told(UpstreamStatus("echo", "echo"), full)) as site:
-        answer = await site.get("/v1/upstreams")
+async def test_all_upstreams_are_told_of(site: Site) -> None:
+    site.upstreams += [UpstreamStatus("echo", "echo"), FULL]
+    answer = await site.get("/v1/upstreams")
     assert answer.status == 200
     assert answer.json == {
         "object": "list",
@@ -71,22 +67,16 @@ async def test_all_upstreams_are_told_of(migrated_database: str) -> None:
     [(None, None, "unknown"), (1, None, "ok"), (None, 1, "failing"), (1, 2, "failing"), (2, 1, "ok")],
 )
 async def test_the_last_turn_decides_on_the_health(
-    migrated_database: str, success: float | None, error: float | None, health: str
+    site: Site, success: float | None, error: float | None, health: str
 ) -> None:
     last = None if error is None else ("server_error", error)
-    status = UpstreamStatus("a", "chat", last_success=success, last_error=last)
-    async with opened_site(migrated_database, upstreams=told(status)) as site:
-        assert [one["health"] for one in (await site.get("/v1/upstreams")).json["data"]] == [health]
+    site.upstreams.append(UpstreamStatus("a", "chat", last_success=success, last_error=last))
+    assert [one["health"] for one in (await site.get("/v1/upstreams")).json["data"]] == [health]
 
 
 async def test_only_admins_may_see_it_where_there_are_keys(migrated_database: str) -> None:
-    async with opened_site(migrated_database, keys=KEYS, upstreams=Upstreams(tuple, KEYS, frozenset({"ops"}))) as site:
+    async with opened_site(migrated_database, keys=KEYS) as site:
         assert (await site.get("/v1/upstreams")).status == 401
         refused = await site.get("/v1/upstreams", {"x-api-key": "key-a"})
         assert (refused.status, refused.error["code"]) == (403, "forbidden")
         assert (await site.get("/v1/upstreams", {"x-api-key": "key-ops"})).json == {"object": "list", "data": []}
-
-
-async def test_without_admins_nobody_may_where_there_are_keys(migrated_database: str) -> None:
-    async with opened_site(migrated_database, keys=KEYS) as site:
-        assert (await site.get("/v1/upstreams", {"x-api-key": "key-ops"})).status == 403
