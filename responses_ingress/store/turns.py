@@ -55,6 +55,7 @@ _INSERT_JOURNAL = text(
     "INSERT INTO journal (response_id, first, tenant, count, payload)"
     " VALUES (:response_id, :first, :tenant, :count, :payload)"
     " ON CONFLICT (response_id, first) DO UPDATE SET count = excluded.count, payload = excluded.payload"
+    " WHERE journal.count = 0"
 )
 _INSERT_PREAMBLE = text(
     "INSERT INTO preambles (tenant, digest, payload) VALUES (:tenant, :digest, :payload) ON CONFLICT DO NOTHING"

@@ -140,8 +140,7 @@ def process(provider: Provider, database: Path) -> ServerProcess:
     return ServerProcess("--database-url", f"sqlite:///{database}", environment=environment)
 
 
-@pytest.mark.parametrize("background", [True, False])
-@pytest.mark.parametrize("end", ["killed", "stopped"])
+@pytest.mark.parametrize(("end", "background"), [("killed", True), ("killed", False), ("stopped", False)])
 async def test_after_a_restart_the_same_response_is_polled_on(
     provider: Provider, database: Path, end: str, background: bool
 ) -> None:
