@@ -40,6 +40,7 @@ from responses_ingress.web.upstreams import Upstreams, UpstreamStatus
 _GARBAGE = 20_000  # objects
 _DAY = 86_400.0
 _FOR_EVER = 1e11  # seconds: so that what was used last can still be told
+_SWEEPS = 60.0  # seconds between two looks for what is to be deleted, where nothing is kept for less
 
 
 class Application:
@@ -167,9 +168,11 @@ def make_limits(settings: Settings) -> Limits:
 
 
 def make_retention(settings: Settings) -> Retention:
+    days = (settings.keep_responses, settings.keep_threads)
     return Retention(
         most_responses=settings.keep_most_responses,
         threads=settings.keep_threads * _DAY if settings.keep_threads else None,
+        interval=min(_SWEEPS, settings.keep_journals, *(kept * _DAY for kept in days if kept)),
     )
 
 

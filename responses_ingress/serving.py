@@ -2,7 +2,8 @@
 
 What must stay true: the first SIGTERM or SIGINT lets running turns end or hands them over, and the exit code is
 then 0; a second one ends everything at once, and what that leaves behind is found by its leases; a worker that
-dies is replaced; one that cannot start stops all. It must not know what is served.
+dies is replaced; one that cannot start stops all; no worker outlives the process that watches it. It must not know
+what is served.
 """
 
 import asyncio
@@ -13,9 +14,12 @@ import os
 import signal
 import socket
 import sys
+import threading
+import time
 from collections.abc import Callable, Generator
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess, parent_process
 from types import FrameType
 
 import uvicorn
@@ -53,6 +57,19 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
+class _Worker(Server):
+    """One of several. A terminal's Ctrl-C and systemd's stop signal every process of a service, and then the one
+    that watches tells its workers too: what comes twice is still one signal. At a second one it kills them."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.should_exit = True
+
+    def stop_with(self, parent: BaseProcess) -> None:
+        """Wait for the end of `parent`, and stop then."""
+        parent.join()
+        self.should_exit = True
+
+
 def run(config: uvicorn.Config) -> int:
     """Serve in this process until it is told to stop; the exit code."""
     server = Server(config)
@@ -74,6 +91,7 @@ class _Fleet:
     """The workers of one server."""
 
     def __init__(self, listener: socket.socket, make_config: Callable[[], uvicorn.Config]) -> None:
+        self._listener = listener
         self._given = (listener, make_config)
         self._workers: list[SpawnProcess] = []
         self._stopping = False
@@ -84,6 +102,8 @@ class _Fleet:
             worker = multiprocessing.get_context("spawn").Process(target=_work, args=self._given)
             worker.start()
             self._workers.append(worker)
+        if self._stopping:  # told while these were being started
+            self._end()
 
     def stop(self, number: int, _frame: FrameType | None) -> None:
         if self._stopping:
@@ -101,6 +121,8 @@ class _Fleet:
         """Replace workers that die, until all have ended because they were told to."""
         while self._workers:
             wait([worker.sentinel for worker in self._workers], timeout=_PAUSE)
+            if self._stopping:  # or clients would be let in and then wait for an answer that does not come
+                self._listener.close()
             dead = [worker for worker in self._workers if not worker.is_alive()]
             self._workers = [worker for worker in self._workers if worker not in dead]
             if any(worker.exitcode == CANNOT_START for worker in dead) and not self._stopping:
@@ -108,12 +130,16 @@ class _Fleet:
                 self._end()
             if dead and not self._stopping:
                 logger.error("%d of the workers died and are replaced", len(dead))
-                self.start(len(dead))
+                time.sleep(_PAUSE)
+                self.start(0 if self._stopping else len(dead))
         return self._code
 
 
 def _work(listener: socket.socket, make_config: Callable[[], uvicorn.Config]) -> None:
     """A worker's whole life."""
-    server = Server(make_config())
+    server = _Worker(make_config())
+    parent = parent_process()
+    assert parent is not None, "a worker has one"
+    threading.Thread(target=server.stop_with, args=(parent,), daemon=True).start()
     server.run(sockets=[listener])
     sys.exit(0 if server.started else CANNOT_START)

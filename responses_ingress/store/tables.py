@@ -127,6 +127,7 @@ responses = Table(
 is_running = responses.c.status.in_([literal_column("'queued'"), literal_column("'in_progress'")])
 _partial("ix_responses_running", responses.c.lease_until, where=is_running)
 _partial("ix_responses_base", responses.c.base, where=is_running)
+_partial("ix_responses_thread_id", responses.c.thread_id, where=is_running)
 _partial(
     "ix_responses_preamble",
     responses.c.tenant,

@@ -32,21 +32,13 @@ from responses_ingress.store.wake import CHANNEL, Bell, payloads
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-FAULTS = (
-    IntegrityError,
-    DataError,
-    ProgrammingError,
-    NotSupportedError,
-    ValueError,
-    TypeError,
-    OverflowError,
-    LookupError,
-)
-"""What is wrong with what was to be written."""
+FAULTS = (IntegrityError, DataError, ProgrammingError, NotSupportedError)
+"""Of the database's errors, those in which what was to be written is at fault; so it is with any that is none of
+the database's."""
 
 OUTAGES = (DBAPIError, PoolTimeout, OSError)
-"""Any other failure: a database that cannot be reached, or cannot write for now. Where the driver tells an
-SQLSTATE, that decides (`_is_fault`): under PostgreSQL SQLAlchemy gives most errors the one class."""
+"""Any other of its errors: it cannot be reached, or cannot write for now. Where the driver tells an SQLSTATE,
+that decides (`_is_fault`): under PostgreSQL SQLAlchemy gives most errors the one class."""
 
 _FAULTY_STATES = ("22", "23", "42", "54", "0A")  # data, integrity, syntax or access, too much, not supported
 _CONTENTION = ("40001", "40P01")  # serialization failure, deadlock: the transaction may simply be tried again
@@ -283,7 +275,7 @@ class Writer:
         """Write these; what of them is to be tried again, before anything that came later."""
         try:
             results = await self._transact(pending)
-        except (*FAULTS, *OUTAGES) as error:
+        except Exception as error:  # also a fault of ours must fail its own unit, and not end the writer
             if not _is_fault(error):
                 return await self._put_off(pending, error)
             return await (self._commit_singly(pending) if len(pending) > 1 else self._try_again(pending[0], error))
@@ -384,7 +376,7 @@ def sqlstate(error: Exception) -> str:
 def _is_fault(error: Exception) -> bool:
     """Whether what was to be written is at fault, and not the state of the database."""
     state = sqlstate(error)
-    return state[:2] in _FAULTY_STATES if state else isinstance(error, FAULTS)
+    return state[:2] in _FAULTY_STATES if state else isinstance(error, FAULTS) or not isinstance(error, OUTAGES)
 
 
 def _rank(statement: Executable) -> int:
