@@ -11,7 +11,9 @@ import pytest
 
 from responses_ingress.settings import Settings
 from responses_ingress.upstream_settings import Upstream as UpstreamSettings
+from tests.core.shapes import text_item
 from tests.invariants import check_stream
+from tests.responses_upstream import Provider, response, streamed
 from tests.server import running
 from tests.upstream import Reply, Say, Stream, Upstream, chunk
 from tests.wire import Wire
@@ -125,3 +127,23 @@ async def test_only_admins_are_told_where_there_are_keys(serve: Serve) -> None:
         answer = await wire.request("GET", "/v1/upstreams", b"", {"x-api-key": "key-a"})
         assert (answer.status, answer.error["code"]) == (403, "forbidden")
         assert (await wire.request("GET", "/v1/upstreams")).status == 401
+
+
+# A Responses upstream that keeps its own chain.
+
+
+async def test_a_chain_of_the_upstreams_own_is_gone_on_with_and_mended(database: Path) -> None:
+    """In a thread with a name: only what is new is sent, and everything where the upstream has forgotten."""
+    forgotten = {"error": {"code": "previous_response_not_found", "message": "Not found.", "param": None}}
+    answers = [streamed(text_item(text), envelope=response("in_progress", id=f"resp_{text}")) for text in "abc"]
+    async with Provider(*answers[:2], Reply(forgotten, status=400), answers[2]) as provider:
+        given = UpstreamSettings(kind="responses", url=provider.url, chain=True)
+        settings = Settings(upstreams={"theirs": given}, database_url=f"sqlite:///{database}")
+        async with running(settings) as url, Wire(url) as wire:
+            for text in ("one", "two", "three"):
+                answer = await wire.post({**STREAM, "input": text}, {"session-id": "s"})
+                check_stream(answer.events)
+                assert answer.events[-1]["response"]["status"] == "completed"
+    sent = [(call.json.get("previous_response_id"), len(call.json["input"])) for call in provider.calls]
+    assert sent == [(None, 1), ("resp_a", 1), ("resp_b", 1), (None, 5)]
+    assert all(call.json["store"] for call in provider.calls)
