@@ -13,6 +13,7 @@ from time import time
 from typing import Any, Literal
 
 from responses_ingress.backends.base import Backend
+from responses_ingress.backends.exchange import LeftOut
 from responses_ingress.core.deltas import Delta, Remember
 from responses_ingress.core.turn import Turn
 from responses_ingress.dialects.emulation import Emulated, emulate, refuses_tools
@@ -42,6 +43,7 @@ class EmulatedTools:
         self._inner = inner
         self._mode = mode
         self._clock = clock
+        self._left_out = LeftOut(inner.name)
         self._until: dict[str, float] = {}
         """Until when a model's tools are emulated, the model that was remembered last at the end."""
 
@@ -101,6 +103,7 @@ class EmulatedTools:
                 yield batch
 
     def _emulated(self, emulated: Emulated) -> AsyncGenerator[Sequence[Delta], None]:
+        self._left_out.tell(emulated.dropped)
         return _told(self._inner.stream(emulated.turn), TextCalls(emulated.tools))
 
     def _remember(self, model: str) -> None:

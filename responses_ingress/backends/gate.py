@@ -61,34 +61,32 @@ class Gate:
 
     def stream(self, turn: Turn) -> AsyncGenerator[Sequence[Delta], None]:
         """As of any backend. Raises `Busy` where too many wait."""
-        if turn.resume is not None:  # the upstream has it already
+        if self._room is None or turn.resume is not None:  # what goes on has its room upstream already
             return self._seen(self.inner.stream(turn))
-        self._check(turn)
-        return self._let_in(turn, self.inner.stream(turn))
+        self._check(self._room, turn)
+        return self._let_in(self._room, turn, self.inner.stream(turn))
 
-    def _check(self, turn: Turn) -> None:
-        if self._room is None or turn.parameters.get("background") is True:
+    def _check(self, room: asyncio.Semaphore, turn: Turn) -> None:
+        if turn.parameters.get("background") is True:
             return
-        if self._room.locked() and self.fare.waiting >= self._patient:
+        if room.locked() and self.fare.waiting >= self._patient:
             raise Busy(f"The upstream '{self.name}' is at its limit. Try again soon.", retry_after=_RETRY_AFTER)
 
     async def _let_in(
-        self, turn: Turn, batches: AsyncGenerator[Sequence[Delta], None]
+        self, room: asyncio.Semaphore, turn: Turn, batches: AsyncGenerator[Sequence[Delta], None]
     ) -> AsyncGenerator[Sequence[Delta], None]:
-        if self._room is not None:
-            self._check(turn)
-            self.fare.waiting += 1
-            try:
-                await self._room.acquire()
-            finally:
-                self.fare.waiting -= 1
+        self._check(room, turn)  # others may have come since it was looked the first time
+        self.fare.waiting += 1
+        try:
+            await room.acquire()
+        finally:
+            self.fare.waiting -= 1
         try:
             async with aclosing(self._seen(batches)) as seen:
                 async for batch in seen:
                     yield batch
         finally:
-            if self._room is not None:
-                self._room.release()
+            room.release()
 
     async def _seen(self, batches: AsyncGenerator[Sequence[Delta], None]) -> AsyncGenerator[Sequence[Delta], None]:
         self.fare.in_flight += 1

@@ -26,10 +26,12 @@ from responses_ingress.errors import IngressError, UpstreamError
 
 @dataclass(frozen=True, slots=True)
 class Emulated:
-    """turn: what to ask for. tools: by flat name those that its answer may call; none where none is offered."""
+    """turn: what to ask for. tools: by flat name those that its answer may call; none where none is offered.
+    dropped: types of the hosted tools that were left out."""
 
     turn: Turn
     tools: Mapping[str, Tool]
+    dropped: Sequence[str] = ()
 
 
 _TOLD = frozenset({"tools", "tool_choice", "parallel_tool_calls", "max_tool_calls"})
@@ -62,7 +64,7 @@ def emulate(turn: Turn) -> Emulated | None:
         tool_choice="auto",
         parameters=parameters,
     )
-    return Emulated(plain, {function.name: box.names.tool(function.name) for function in offered})
+    return Emulated(plain, {function.name: box.names.tool(function.name) for function in offered}, box.dropped)
 
 
 def _is_call(item: Item) -> bool:

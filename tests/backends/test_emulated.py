@@ -192,6 +192,16 @@ async def test_any_other_refusal_is_passed_on(upstream: Upstream, backend: Emula
     assert len(upstream.calls) == 1
 
 
+async def test_hosted_tools_that_are_left_out_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "responses_ingress.backends.exchange")
+    inner = ScriptedBackend(spoken("hi"), spoken("hi"))
+    backend = EmulatedTools(inner, "emulated")
+    for _ in range(2):
+        await deltas_of(backend, turn(tools=[LOOK, {"type": "web_search"}]))
+    (record,) = caplog.records
+    assert record.getMessage() == "upstream scripted cannot take, so that it is left out: hosted tool web_search"
+
+
 async def test_a_refusal_of_hosted_tools_alone_is_passed_on(clock: ManualClock) -> None:
     inner = ScriptedBackend([REFUSED])
     with pytest.raises(UpstreamRefused):
