@@ -247,7 +247,7 @@ def test_a_client_that_carries_its_history_continues_too() -> None:
         {"memory": {**(remembered() or {}), "response_id": 7}},
         {"new": []},
         {"new": [{"type": "mcp_approval_response", "approval_request_id": "mcpr_1", "approve": True}]},
-        {"thread_id": FRESH, "parameters": {"store": False}},
+        {"thread_id": FRESH},
     ],
     ids=str,
 )
@@ -260,12 +260,13 @@ def test_only_who_chains_continues_and_only_what_is_its_own() -> None:
     assert continued(following(), CHAIN, "yours") is None
 
 
-def test_what_is_not_stored_here_is_not_stored_there() -> None:
-    for thread, store, expected in [(NAMED, False, True), (FRESH, True, True), (FRESH, False, False)]:
-        given = turn(thread_id=thread, parameters={"store": store})
-        assert body_of(given, CHAIN)["store"] is expected
-        assert body_of(given)["store"] is False
-        assert bool(remembered(thread_id=thread, parameters={"store": store})) is expected
+@pytest.mark.parametrize("store", [True, False])
+@pytest.mark.parametrize(("thread", "expected"), [(NAMED, True), (FRESH, False)])
+def test_only_what_can_be_found_again_is_stored_there(thread: str, store: bool, expected: bool) -> None:
+    given = turn(thread_id=thread, parameters={"store": store})
+    assert body_of(given, CHAIN)["store"] is expected
+    assert body_of(given)["store"] is False
+    assert bool(remembered(thread_id=thread, parameters={"store": store})) is expected
 
 
 def test_what_cannot_be_continued_is_not_remembered() -> None:
