@@ -34,3 +34,13 @@ def replayed(recording: Mapping[str, Any]) -> Reply | Stream:
         return Stream([recording["stream"].encode()], close="end")
     headers = {name: value for name, value in recording["headers"].items() if name == "retry-after"}
     return Reply(recording["body"], status=recording["status"], headers=headers)
+
+
+def final_response(recording: Mapping[str, Any]) -> Json:
+    """The response object that a recording of a Responses server ends in."""
+    if "body" in recording:
+        body: Json = recording["body"]
+        return body
+    lines = [line for line in recording["stream"].split("\n") if line.startswith("data: {")]
+    response: Json = orjson.loads(lines[-1].removeprefix("data: "))["response"]
+    return response

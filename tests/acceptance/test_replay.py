@@ -8,7 +8,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import orjson
 import pytest
 
 from responses_ingress.settings import Settings
@@ -18,7 +17,7 @@ from tests.invariants import check_stream
 from tests.recorded import test_chat_streams as chat
 from tests.recorded import test_messages_streams as messages
 from tests.recorded.test_responses_streams import BACKFILLED, RESUMED, ROUTER
-from tests.recordings import recordings, replayed
+from tests.recordings import final_response, recordings, replayed
 from tests.responses_upstream import Provider
 from tests.server import running
 from tests.upstream import Upstream
@@ -66,16 +65,6 @@ def ended(recording: Mapping[str, Any]) -> bool:
     return "stream" in recording or recording["body"].get("status") in ("completed", "incomplete", "failed")
 
 
-def recorded_end(recording: Mapping[str, Any]) -> Json:
-    """The response object that a recording ends in."""
-    if "body" in recording:
-        body: Json = recording["body"]
-        return body
-    lines = [line for line in recording["stream"].split("\n") if line.startswith("data: {")]
-    response: Json = orjson.loads(lines[-1].removeprefix("data: "))["response"]
-    return response
-
-
 def told(output: list[Json]) -> list[Json]:
     """Items without what is our own."""
     shown = [{key: value for key, value in item.items() if key != "id"} for item in output]
@@ -92,7 +81,7 @@ async def test_responses(serve: Serve) -> None:
         for name in set(names) - {RESUMED}:
             answer = await played(wire, provider, RESPONSES[name])
             response = final(answer.events, interleaved=name in (ROUTER, BACKFILLED), backfilled=name == BACKFILLED)
-            expected = recorded_end(RESPONSES[name])
+            expected = final_response(RESPONSES[name])
             assert (response["status"], response["incomplete_details"]) == (
                 expected["status"],
                 expected["incomplete_details"],

@@ -2,11 +2,10 @@
 as they came, and background responses are polled as they were.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
-import orjson
 import pytest
 
 from responses_ingress.backends.background import BackgroundBackend, BackgroundOptions, Pace
@@ -19,7 +18,7 @@ from responses_ingress.core.turn import Turn
 from responses_ingress.dialects.responses_encoder import ResponsesOptions, encode
 from tests.backends.environment import proxies
 from tests.core.shapes import Json, build
-from tests.recordings import recordings, replayed
+from tests.recordings import final_response, recordings, replayed
 from tests.responses_upstream import Provider
 from tests.upstream import Reply
 
@@ -99,20 +98,10 @@ async def answered(name: str, options: ResponsesOptions) -> list[Delta]:
     return [delta for batch in batches for delta in batch]
 
 
-def final(recording: Mapping[str, Any]) -> Json:
-    """The response object that a recording ends in."""
-    if "body" in recording:
-        body: Json = recording["body"]
-        return body
-    lines = [line for line in recording["stream"].split("\n") if line.startswith("data: {")]
-    response: Json = orjson.loads(lines[-1].removeprefix("data: "))["response"]
-    return response
-
-
 @pytest.mark.parametrize("name", [*STREAMS, *ENDED])
 async def test_an_answer_can_be_given_back_as_it_came(name: str) -> None:
     output = build(await answered(name, ResponsesOptions())).response()["output"]
-    recorded = final(RECORDINGS[name])["output"]
+    recorded = final_response(RECORDINGS[name])["output"]
     assert [item.get("encrypted_content") for item in output if item.get("encrypted_content")] == [
         f"theirs:{item['encrypted_content']}" for item in recorded if item.get("encrypted_content")
     ]
