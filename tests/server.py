@@ -144,6 +144,20 @@ class ServerProcess:
             await self.kill()
             raise RuntimeError(f"The server did not stop:\n{self.log}") from None
 
+    def signal(self, number: signal.Signals) -> None:
+        self._running.send_signal(number)
+
+    async def ended(self) -> int:
+        """Wait until it has ended by itself; its exit code."""
+        async with asyncio.timeout(_STOP_TIMEOUT):
+            return await self._running.wait()
+
+    async def said(self, text: str, times: int = 1) -> None:
+        """Wait until its log holds `text` so often."""
+        async with asyncio.timeout(_STOP_TIMEOUT):
+            while self.log.count(text) < times:  # noqa: ASYNC110
+                await asyncio.sleep(_POLL)
+
     async def kill(self) -> None:
         """End it without a word, as a crash would."""
         if self._running.returncode is None:

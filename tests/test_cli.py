@@ -58,6 +58,7 @@ def test_every_flag_is_a_setting() -> None:
         (("serve", "--config", "none.toml"), "none.toml cannot be read"),
         (("serve", "--backend", "chat"), "'upstream' must give the address"),
         (("serve", "--database-url", "sqlite:///no/such/folder/x.db"), "unable to open database file"),
+        (("serve", "--database-url", "postgresql://u:secret@127.0.0.1:1/x"), "u:***@127.0.0.1:1/x cannot be used"),
         (("migrate", "--database-url", "mysql://x"), "'database_url' must begin"),
         (("migrate", "--database-url", "postgresql://h:port/x"), "'database_url' is malformed"),
         (("migrate", "--revision", "nope"), "cannot be migrated"),

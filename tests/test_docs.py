@@ -11,14 +11,16 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from responses_ingress import errors
-from responses_ingress.cli import main
+from responses_ingress.cli import _DRAIN, _KEEP_ALIVE, main
 from responses_ingress.core.channels import FIELDS, PARTS
 from responses_ingress.core.deltas import Delta
 from responses_ingress.core.envelope import open_envelope
 from responses_ingress.core.request import _MOST_NAME, KNOWN_FIELDS, parse_request
 from responses_ingress.core.turn import Turn
 from responses_ingress.dialects.chat import ChatOptions, encode
+from responses_ingress.runs.metrics import Metrics
 from responses_ingress.settings import PREFIX, Route, Settings, load
+from responses_ingress.store.engine import read_engine, write_engine
 from responses_ingress.store.tables import metadata
 from responses_ingress.upstream_settings import Kind, Upstream
 from responses_ingress.web.exchange import _MOST_VALUES
@@ -30,6 +32,7 @@ PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+DEPLOYMENT = ROOT / "docs" / "deployment.md"
 API = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 
 
@@ -84,6 +87,43 @@ def test_the_examples_of_backends_load(tmp_path: Path, example: str) -> None:
 def test_every_kind_of_upstream_is_described() -> None:
     page = (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")
     assert re.findall(r"^## `(\w+)`$", page, re.MULTILINE) == list(get_args(Kind))
+
+
+@pytest.mark.parametrize("example", blocks(DEPLOYMENT, "toml"))
+def test_the_examples_of_deployment_load(tmp_path: Path, example: str) -> None:
+    (tmp_path / "c.toml").write_text(example, encoding="utf-8")
+    assert load(tmp_path / "c.toml", {}, {f"{PREFIX}API_KEYS": '{"a": "key"}'}).upstreams
+
+
+def test_the_times_and_sizes_of_deployment_fit_those_of_the_program() -> None:
+    (nginx,), (unit,), defaults = blocks(DEPLOYMENT, "nginx"), blocks(DEPLOYMENT, "ini"), Settings()
+
+    def told(text: str, pattern: str) -> int:
+        (number,) = re.findall(pattern, text, re.MULTILINE)
+        return int(number)
+
+    assert told(nginx, r"client_max_body_size (\d+)m;") * 1024**2 == defaults.max_body
+    assert told(nginx, r"proxy_read_timeout (\d+)h;") * 3600 > defaults.keepalive_interval
+    assert told(nginx, r" keepalive_timeout (\d+)s;") < _KEEP_ALIVE
+    outage = told(DEPLOYMENT.read_text(encoding="utf-8"), r"waits for it up to (\d+) s more")
+    assert told(unit, r"^TimeoutStopSec=(\d+)$") > defaults.shutdown_grace + _DRAIN + outage
+
+
+def test_the_connections_of_a_worker_are_those_of_the_program() -> None:
+    url = "postgresql+asyncpg://u@h/d"
+    pools = [engine(url).sync_engine.pool for engine in (write_engine, read_engine)]
+    kept = [pool.size() for pool in pools]  # type: ignore[attr-defined]
+    most = [size + pool._max_overflow for size, pool in zip(kept, pools, strict=True)]  # type: ignore[attr-defined]
+    page = DEPLOYMENT.read_text(encoding="utf-8")
+    shown = [[int(cell.strip("*")) for cell in row[1:]] for row in table(page, "## Connections to PostgreSQL")]
+    assert shown == [*([a, b] for a, b in zip(kept, most, strict=True)), [1, 1], [sum(kept) + 1, sum(most) + 1]]
+    assert f"hosts × workers × {sum(most) + 1}" in page
+
+
+def test_the_metrics_of_deployment_are_those_of_the_program() -> None:
+    exposed = Metrics().expose().decode()
+    (row,) = [row for row in table(DEPLOYMENT.read_text(encoding="utf-8"), "## Watching it") if row[0] == "`/metrics`"]
+    assert [name for name in code(row[1]) if f"# HELP {name.removesuffix('_total')}" not in exposed] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

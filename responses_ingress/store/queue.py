@@ -30,7 +30,7 @@ from responses_ingress.errors import NotHandedOver, QueueFull
 from responses_ingress.ids import is_named
 from responses_ingress.store.responses import StoredResponse, load
 from responses_ingress.store.tables import is_running, responses, threads
-from responses_ingress.store.turns import DELETE_JOURNAL, add_response, check_lease, check_repeat, write_end
+from responses_ingress.store.turns import DELETE_JOURNAL, add_response, check_lease, check_repeat, told_in, write_end
 from responses_ingress.store.values import Ending, NewResponse, Owner, Placement
 from responses_ingress.store.wake import ASKED, QUEUE
 from responses_ingress.store.writer import RUNNING, Batch, Unit
@@ -52,7 +52,7 @@ def enqueue(new: NewResponse, placement: Placement, most: int) -> Unit[None]:
         batch.ring(QUEUE)
 
     repeats = (new.retry.name,) if new.retry is not None and new.retry.attaches else ()
-    return Unit(apply, repeats=repeats, counts_queue=True)
+    return Unit(apply, preambles=told_in(new, placement), repeats=repeats, counts_queue=True)
 
 
 _is_due = and_(is_running, responses.c.lease_until <= bindparam("now"))

@@ -21,6 +21,8 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    and_,
+    bindparam,
     literal_column,
 )
 
@@ -146,6 +148,16 @@ preambles = Table(
     Column("digest", LargeBinary, primary_key=True),
     Column("payload", LargeBinary, nullable=False),
 )
+
+
+def are_preambles() -> ColumnElement[bool]:
+    """Those of these `:digests` that these `:tenants` have: all that are meant are among them, and SQLite would not
+    look for pairs by the key."""
+    return and_(
+        preambles.c.tenant.in_(bindparam("tenants", expanding=True)),
+        preambles.c.digest.in_(bindparam("digests", expanding=True)),
+    )
+
 
 # An ordinary rowid table: WITHOUT ROWID doubles the size of rows of 2 kB (overflow pages).
 journal = Table(

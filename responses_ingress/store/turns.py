@@ -58,7 +58,7 @@ _INSERT_JOURNAL = text(
     " ON CONFLICT (response_id, first) DO UPDATE SET count = excluded.count, payload = excluded.payload"
     " WHERE journal.count = 0"
 )
-_INSERT_PREAMBLE = text(
+_INSERT_PREAMBLE = text(  # another worker may just have inserted it
     "INSERT INTO preambles (tenant, digest, payload) VALUES (:tenant, :digest, :payload) ON CONFLICT DO NOTHING"
 )
 _DELETE_RESPONSE = delete(responses).where(responses.c.id == bindparam("response"))
@@ -126,6 +126,7 @@ def begin(new: NewResponse, placement: Placement, owner: Owner, keep: Keep = DEF
         responses=(new.previous_response_id,) if new.previous_response_id else (),
         threads=(placement.thread_id,) if placement.exclusive else (),
         branches=_relied_on(placement),
+        preambles=told_in(new, placement),
         repeats=(new.retry.name,) if new.retry is not None and new.retry.attaches else (),
     )
 
@@ -276,8 +277,9 @@ def _add_thread(batch: Batch, new: _Taker, placement: Placement, root: str, owne
 
 def add_response(batch: Batch, new: NewResponse, placement: Placement, owner: Owner | None) -> None:
     """Write the row, and what repeats of it. Without an owner it waits for one from now on."""
-    if new.preamble is not None:
+    if new.preamble is not None and not batch.preambles.issuperset(told_in(new, placement)):
         digest, payload = new.preamble
+        batch.preambles.add((placement.tenant, digest))
         batch.add(_INSERT_PREAMBLE, tenant=placement.tenant, digest=digest, payload=payload)
     epoch = owner.epoch if owner is not None else 0
     batch.leases[new.id] = Lease(epoch, new.status, owner.name if owner is not None else None)
@@ -309,6 +311,11 @@ def add_response(batch: Batch, new: NewResponse, placement: Placement, owner: Ow
         retry_body=new.retry.body if new.retry is not None else None,
         created_at=new.created_at,
     )
+
+
+def told_in(new: NewResponse, placement: Placement) -> tuple[tuple[str, bytes], ...]:
+    """The key of the preamble that the response has, if it has one."""
+    return ((placement.tenant, new.preamble[0]),) if new.preamble is not None else ()
 
 
 def append_journal(response_id: str, owner: Owner, tenant: str, entry: Entry) -> Unit[None]:

@@ -18,7 +18,19 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from sqlalchemy import ClauseElement, Executable, Insert, Row, Table, bindparam, func, insert, select, text, update
+from sqlalchemy import (
+    ClauseElement,
+    Executable,
+    Insert,
+    Row,
+    Table,
+    bindparam,
+    func,
+    insert,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, NotSupportedError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -26,7 +38,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 
 from responses_ingress.errors import IngressError, StoreUnavailable
 from responses_ingress.ids import Clock
-from responses_ingress.store.tables import branches, is_running, responses, threads
+from responses_ingress.store.tables import are_preambles, branches, is_running, preambles, responses, threads
 from responses_ingress.store.wake import CHANNEL, Bell, payloads
 
 T = TypeVar("T")
@@ -99,6 +111,7 @@ class Batch:
         self.threads: dict[str, Thread] = {}
         self.branches: dict[str, Branch] = {}
         self.repeats: list[Repeat] = []  # the newest first
+        self.preambles: set[tuple[str, bytes]] = set()  # (tenant, digest) of those that are there
         self.queued = 0  # how many responses wait in the queue
         self.topics: dict[str, None] = {}  # what to ring for, in order
         self.rows: defaultdict[Executable, list[dict[str, Any]]] = defaultdict(list)
@@ -165,6 +178,7 @@ _SET_THREAD = (
 class Unit(Generic[T]):
     """A unit of work: what it must know of, and what it does. `apply` decides first and adds rows last.
 
+    preambles:    of which of these (tenant, digest) are there, and stay at least as long as this transaction.
     repeats:      names of repeated requests, see `Batch.repeats`.
     counts_queue: it must know how long the queue is.
     patient:      while the database cannot be reached it waits (work under way), instead of failing (a request).
@@ -174,6 +188,7 @@ class Unit(Generic[T]):
     responses: Sequence[str] = ()
     threads: Sequence[str] = ()
     branches: Sequence[str] = ()
+    preambles: Sequence[tuple[str, bytes]] = ()
     repeats: Sequence[bytes] = ()
     counts_queue: bool = False
     patient: bool = False
@@ -209,6 +224,12 @@ def _query(table: Table, *columns: str) -> Executable:
 _LEASES = _query(responses, "id", "epoch", "status", "owner", "followed_until")
 _THREADS = _query(threads, "id", "tenant", "active_branch", "running", "lease_until", "lineage")
 _BRANCHES = _query(branches, "id", "thread_id", "head")
+_PREAMBLES = (
+    select(preambles.c.tenant, preambles.c.digest)
+    .where(are_preambles())
+    .order_by(preambles.c.tenant, preambles.c.digest)
+    .with_for_update(read=True, key_share=True)  # of others only those who delete it wait
+)
 _REPEATS = (
     select(
         responses.c.id,
@@ -357,6 +378,10 @@ class Writer:
             batch.threads[row.id] = Thread(**row._mapping)
         for row in await _fetch(connection, _BRANCHES, (id for unit in units for id in unit.branches)):
             batch.branches[row.id] = Branch(row.id, row.thread_id, row.head)
+        told = {key for unit in units for key in unit.preambles}
+        if told:
+            keys = {"tenants": list({tenant for tenant, _ in told}), "digests": list({digest for _, digest in told})}
+            batch.preambles.update((row.tenant, row.digest) for row in await connection.execute(_PREAMBLES, keys))
         batch.repeats = [Repeat(**row._mapping) for row in await _fetch(connection, _REPEATS, names)]
         if any(unit.counts_queue for unit in units):
             batch.queued = (await connection.execute(_QUEUED)).scalar_one()

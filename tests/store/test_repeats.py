@@ -44,7 +44,7 @@ async def expiry(desk: Desk, response_id: str) -> float | None:
     async with desk.database.reading() as connection:
         query = select(responses.c.expires_at).where(responses.c.id == response_id)
         found: float | None = (await connection.execute(query)).scalar_one()
-    return found
+        return found
 
 
 # A request that is made again.

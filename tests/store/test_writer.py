@@ -284,7 +284,7 @@ async def test_a_unit_that_another_was_quicker_than_decides_again(bench: Bench) 
     assert await bench.written() == [1, 2]
 
 
-BAD: dict[str, dict[str, Any]] = {
+BAD: dict[str, dict[str, object]] = {
     "too large": {"first": 2**70},
     "NUL": {"tenant": "a\0b"},
     "half a character": {"tenant": "\ud800"},
@@ -297,8 +297,7 @@ BAD: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("what", BAD)
 async def test_data_that_no_database_takes_fails_its_own_unit_at_once(bench: Bench, what: str, patient: bool) -> None:
     takes = what == "NUL" and is_sqlite(bench.url)
-    good: dict[str, Any] = {"response_id": "resp_1", "first": 2, "tenant": "", "count": 1, "payload": b"[]"}
-    bad = good | BAD[what]
+    bad = {"response_id": "resp_1", "first": 2, "tenant": "", "count": 1, "payload": b"[]", **BAD[what]}
     futures = [
         bench.submit(writes(1), patient),
         bench.submit(lambda batch: batch.add(INSERT, **bad), patient),
@@ -384,11 +383,11 @@ async def test_none_passes_one_that_is_put_off_while_they_are_written_singly(pos
 async def test_of_two_that_wait_for_each_other_both_are_written(postgres_bench: Bench) -> None:
     """A true deadlock: the writer has one row and wants another's, who wants the writer's."""
 
-    def make(batch: Batch) -> None:
+    def opens(batch: Batch) -> None:
         for branch in ("a", "b"):
             batch.add_branch(Branch(branch, "thread_1", 0), "")
 
-    await postgres_bench.submit(make)
+    await postgres_bench.submit(opens)
     tries: list[int] = []
 
     def both(batch: Batch) -> None:
