@@ -1,18 +1,26 @@
 """The composition root: settings in, an ASGI application out. The only place where all rooms meet."""
 
 import gc
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import fields, replace
 from time import time
+from typing import TypeVar
 
 from starlette.types import Receive, Scope, Send
 
-from responses_ingress import settings as configuration
+from responses_ingress.backends.background import BackgroundBackend, BackgroundOptions
 from responses_ingress.backends.base import Backend, Route
 from responses_ingress.backends.chat import ChatBackend
 from responses_ingress.backends.echo import EchoBackend
-from responses_ingress.backends.upstream import Timeouts, Upstream
+from responses_ingress.backends.emulated import EmulatedTools
+from responses_ingress.backends.gate import Gate
+from responses_ingress.backends.messages import MessagesBackend
+from responses_ingress.backends.responses import ResponsesBackend
+from responses_ingress.backends.upstream import Retries, Timeouts, Upstream
 from responses_ingress.dialects.chat import ChatOptions
+from responses_ingress.dialects.messages import MessagesOptions
+from responses_ingress.dialects.responses_encoder import ResponsesOptions
 from responses_ingress.ids import Ids
 from responses_ingress.runs.metrics import Metrics
 from responses_ingress.runs.runner import Limits, Runner
@@ -21,11 +29,13 @@ from responses_ingress.settings import Settings
 from responses_ingress.store import migrate
 from responses_ingress.store.database import Database, DatabaseClock
 from responses_ingress.store.values import Keep
+from responses_ingress.upstream_settings import Upstream as UpstreamSettings
 from responses_ingress.web.callers import Keyring
 from responses_ingress.web.models import Models
 from responses_ingress.web.replies import StreamOptions
 from responses_ingress.web.responses import RequestLimits, Responses
 from responses_ingress.web.routes import Health, Web, build
+from responses_ingress.web.upstreams import Upstreams, UpstreamStatus
 
 _GARBAGE = 20_000  # objects
 _DAY = 86_400.0
@@ -69,7 +79,7 @@ class Application:
         upkeep = Upkeep(database, self._runner, make_retention(settings))
         _settle_heap()
         try:
-            yield make_web(settings, self._runner, database, metrics)
+            yield make_web(settings, self._runner, database, metrics, backends)
         finally:
             await self.stop()
             await upkeep.close()
@@ -90,14 +100,12 @@ def _settle_heap() -> None:
     gc.set_threshold(_GARBAGE, 10, 10)
 
 
-def make_backends(settings: Settings) -> dict[str, Backend]:
+def make_backends(settings: Settings) -> dict[str, Gate]:
     """The backend of every upstream, by name. Inside the running loop."""
-    return {name: _make_backend(name, upstream) for name, upstream in settings.effective_upstreams.items()}
+    return {name: _make_backend(name, given) for name, given in settings.effective_upstreams.items()}
 
 
-def _make_backend(name: str, given: configuration.Upstream) -> Backend:
-    if given.kind == "echo":
-        return EchoBackend()
+def _make_backend(name: str, given: UpstreamSettings) -> Gate:
     upstream = Upstream(
         name=name,
         url=(given.url or "").rstrip("/"),
@@ -105,12 +113,44 @@ def _make_backend(name: str, given: configuration.Upstream) -> Backend:
         pass_bearer=given.pass_bearer,
         headers=given.headers,
         timeouts=Timeouts(given.connect_timeout, given.first_byte_timeout, given.read_timeout),
+        authorization=given.authorization or ("x-api-key" if given.kind == "messages" else "bearer"),
+        ca_file=given.ca_file,
+        retries=Retries(given.retries),
     )
-    options = ChatOptions(given.max_tokens_field, given.system, given.reasoning, given.forward)
-    return ChatBackend(upstream, options, goes_on=given.on_disconnect == "continue")
+    backend = _MAKERS[given.kind](upstream, given)
+    if given.kind != "echo":
+        backend = EmulatedTools(backend, given.tools)
+    return Gate(backend, given.max_concurrent, given.max_waiting)
 
 
-def make_routes(settings: Settings, backends: dict[str, Backend]) -> list[Route]:
+def _goes_on(given: UpstreamSettings) -> bool:
+    return given.on_disconnect == "continue"
+
+
+_MAKERS: Mapping[str, Callable[[Upstream, UpstreamSettings], Backend]] = {
+    "chat": lambda upstream, given: ChatBackend(upstream, options(ChatOptions, given), goes_on=_goes_on(given)),
+    "responses": lambda upstream, given: ResponsesBackend(
+        upstream, options(ResponsesOptions, given), goes_on=_goes_on(given)
+    ),
+    "background": lambda upstream, given: BackgroundBackend(
+        upstream, replace(options(BackgroundOptions, given), requests=options(ResponsesOptions, given))
+    ),
+    "messages": lambda upstream, given: MessagesBackend(
+        upstream, options(MessagesOptions, given), goes_on=_goes_on(given)
+    ),
+    "echo": lambda _, __: EchoBackend(),
+}
+
+_Options = TypeVar("_Options", ChatOptions, ResponsesOptions, BackgroundOptions, MessagesOptions)
+
+
+def options(kind: type[_Options], given: UpstreamSettings) -> _Options:
+    """The options that an upstream's settings name. What they leave open is as the backend has it."""
+    found = {field.name: getattr(given, field.name, None) for field in fields(kind)}
+    return kind(**{name: value for name, value in found.items() if value is not None})
+
+
+def make_routes(settings: Settings, backends: Mapping[str, Backend]) -> list[Route]:
     return [Route(route.model, backends[route.upstream], route.upstream_model) for route in settings.effective_routes]
 
 
@@ -137,11 +177,39 @@ def make_retention(settings: Settings) -> Retention:
 
 
 def _forwarded(settings: Settings) -> frozenset[str]:
-    return frozenset(name for upstream in settings.effective_upstreams.values() for name in upstream.forward)
+    """The request fields that some upstream is sent on."""
+    upstreams = settings.effective_upstreams.values()
+    chosen = [given.forward for given in upstreams if given.forward is not None]
+    chosen += [ChatOptions().forward for given in upstreams if given.kind == "chat" and given.forward is None]
+    return frozenset(name for names in chosen for name in names)
 
 
-def make_web(settings: Settings, runner: Runner, database: Database, metrics: Metrics) -> Web:
+def upstream_status(settings: Settings, backends: Mapping[str, Gate]) -> list[UpstreamStatus]:
+    return [_status(name, given, backends[name]) for name, given in settings.effective_upstreams.items()]
+
+
+def _status(name: str, given: UpstreamSettings, gate: Gate) -> UpstreamStatus:
+    fare, tools = gate.fare, gate.inner if isinstance(gate.inner, EmulatedTools) else None
+    return UpstreamStatus(
+        name=name,
+        kind=given.kind,
+        in_flight=fare.in_flight,
+        waiting=fare.waiting,
+        max_concurrent=given.max_concurrent,
+        max_waiting=given.max_waiting if given.max_concurrent else None,
+        last_success=fare.last_success,
+        last_error=fare.last_error,
+        tools=given.tools if tools else None,
+        without_tools=tools.without_tools if tools else (),
+        completion_window=given.completion_window,
+    )
+
+
+def make_web(
+    settings: Settings, runner: Runner, database: Database, metrics: Metrics, backends: Mapping[str, Gate]
+) -> Web:
     keyring = Keyring(settings.key_hashes)
+    upstreams = Upstreams(lambda: upstream_status(settings, backends), keyring, frozenset(settings.admins))
     responses = Responses(
         runner=runner,
         database=database,
@@ -149,4 +217,4 @@ def make_web(settings: Settings, runner: Runner, database: Database, metrics: Me
         limits=RequestLimits(settings.max_body, settings.max_items, settings.strict, _forwarded(settings)),
         stream=StreamOptions(settings.accept_wait, settings.keepalive_interval, settings.sse_done),
     )
-    return Web(responses, Models(runner, keyring), Health(database, metrics))
+    return Web(responses, Models(runner, keyring), Health(database, metrics), upstreams)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Awaitable, Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import uvicorn
@@ -24,10 +24,11 @@ from responses_ingress import serving
 from responses_ingress.app import create_app, make_backends
 from responses_ingress.backends.base import Backend
 from responses_ingress.errors import IngressError, SettingsError
-from responses_ingress.settings import PREFIX, Settings, Upstream, load
+from responses_ingress.settings import PREFIX, Settings, load
 from responses_ingress.store import migrate as migrations
 from responses_ingress.store import verify as verification
 from responses_ingress.store.verify import Finding
+from responses_ingress.upstream_settings import Kind, Upstream
 
 _PATIENCE = 10.0
 _KEEP_ALIVE = 75
@@ -35,7 +36,7 @@ _DRAIN = 5  # seconds for the last bytes of streams that have ended
 
 _config = click.option("--config", type=click.Path(path_type=Path), help="TOML file with settings.")
 _database = click.option("--database-url", help="sqlite:///FILE or postgresql://…")
-_backend = click.option("--backend", type=click.Choice(["echo", "chat"]), help="The kind of the one upstream.")
+_backend = click.option("--backend", type=click.Choice(get_args(Kind)), help="The kind of the one upstream.")
 _upstream = click.option("--upstream", metavar="URL", help="Address of the one upstream, with /v1.")
 
 

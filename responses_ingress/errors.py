@@ -18,6 +18,7 @@ person can act on; nothing here holds content of a request. This module imports 
     │   ├── PreviousNotCompleted         previous_response_not_completed
     │   └── ContextLengthExceeded        context_length_exceeded
     ├── Unauthorized                401  invalid_api_key
+    ├── Forbidden                   403  forbidden
     ├── NotFound                    404  no code
     ├── NotAllowed                  405  method_not_allowed
     ├── BodyTooLarge                413  request_too_large
@@ -137,6 +138,10 @@ class ContextLengthExceeded(InvalidRequest):
 
 class Unauthorized(IngressError):
     status, type, code = 401, "invalid_request_error", "invalid_api_key"
+
+
+class Forbidden(IngressError):
+    status, type, code = 403, "invalid_request_error", "forbidden"
 
 
 class NotFound(IngressError):

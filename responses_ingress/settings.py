@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal, Self
 
 import pydantic_settings
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -26,7 +25,6 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    PrivateAttr,
     SecretStr,
     ValidationError,
     model_validator,
@@ -34,6 +32,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from responses_ingress.errors import SettingsError
+from responses_ingress.upstream_settings import Kind, Upstream, Url, check_address, check_upstream
 
 PREFIX = "RESPONSES_INGRESS_"
 CONFIG = f"{PREFIX}CONFIG"
@@ -52,51 +51,6 @@ _HASHED = "sha256:"
 
 _OneOrMore = BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)
 _Keys = Annotated[tuple[SecretStr, ...], Field(min_length=1), _OneOrMore]
-_Url = Annotated[str, AfterValidator(lambda url: url.rstrip("/"))]
-
-
-class Upstream(BaseModel):
-    """One place that answers."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    kind: Literal["chat", "echo"] = "chat"
-    """`chat`: a chat-completions server. `echo`: the embedded echo, which needs no model."""
-    url: _Url | None = None
-    """Base address, up to and including `/v1`. Only for `chat`, and required there."""
-    api_key_env: str | None = None
-    """Name of the environment variable that holds the upstream's key."""
-    pass_bearer: bool = False
-    """Send the client's own `Authorization: Bearer` on to the upstream. Where the server has API keys of its own,
-    clients give those as `x-api-key`."""
-    headers: dict[str, str] = Field(default={}, repr=False)
-    """Further headers of every request to the upstream."""
-    connect_timeout: PositiveFloat = 10.0
-    """Seconds to wait for a connection."""
-    first_byte_timeout: PositiveFloat = 600.0
-    """Seconds to wait for the first byte of an answer."""
-    read_timeout: PositiveFloat = 300.0
-    """Seconds an answer may pause between two chunks."""
-    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    """What the upstream calls `max_output_tokens`. OpenAI itself wants `max_completion_tokens`."""
-    system: Literal["leading", "in_place"] = "leading"
-    """System and developer messages: `leading` joins all into one first message, `in_place` leaves later ones where
-    they stand."""
-    reasoning: Literal["reasoning_content", "text", "omit"] = "reasoning_content"
-    """How earlier reasoning goes back: as `reasoning_content`, as `<think>` text before the answer (`text`), or not at
-    all (`omit`)."""
-    forward: tuple[str, ...] = ("chat_template_kwargs",)
-    """Request fields beyond the Responses API that are sent on unchanged."""
-    on_disconnect: Literal["cancel", "continue"] = "cancel"
-    """What becomes of a run whose client has left for longer than `disconnect_grace`: `cancel` ends it, upstream too,
-    `continue` lets it end by itself. Background runs always go on."""
-
-    _api_key: SecretStr | None = PrivateAttr(default=None)
-
-    @property
-    def api_key(self) -> str | None:
-        """The value of the variable that `api_key_env` names; set by `load`."""
-        return self._api_key.get_secret_value() if self._api_key else None
 
 
 class Route(BaseModel):
@@ -135,10 +89,10 @@ class Settings(BaseSettings):
     auto_migrate: bool | None = None
     """Bring the database to the newest schema at start. Unset: yes on SQLite, no on PostgreSQL, where
     `responses-ingress migrate` does it."""
-    backend: Literal["echo", "chat"] | None = None
+    backend: Kind | None = None
     """Short form for one single upstream: its kind. Unset, and no `upstreams`: `echo`."""
-    upstream: _Url | None = None
-    """Short form for one single upstream: its address, for `chat`."""
+    upstream: Url | None = None
+    """Short form for one single upstream: its address, for every kind but `echo`."""
     upstreams: dict[str, Upstream] = {}
     """Upstreams by name, see below."""
     routes: tuple[Route, ...] = ()
@@ -150,6 +104,8 @@ class Settings(BaseSettings):
     As an environment variable: a JSON object."""
     api_keys_file: Path | None = None
     """A JSON or TOML file with more of `api_keys`: an object, or one `tenant = "key"` a line."""
+    admins: tuple[str, ...] = ()
+    """Tenants that may see how the upstreams fare. Where there are no `api_keys`, everybody may."""
     strict: bool = False
     """Refuse unknown request fields with 400 instead of ignoring them."""
     sse_done: bool = False
@@ -203,9 +159,11 @@ class Settings(BaseSettings):
         _check_database(self.database_url)
         _check_short_form(self)
         for name, upstream in self.upstreams.items():
-            _check_upstream(name, upstream)
+            check_upstream(name, upstream)
         _check_routes(self)
         self.key_hashes  # noqa: B018 - raises where a key is malformed
+        if strangers := set(self.admins) - self.api_keys.keys():
+            raise SettingsError(f"'admins' names '{min(strangers)}', which is no tenant of 'api_keys'.")
         if not (self.api_keys or self.insecure or _is_loopback(self.host)):
             raise SettingsError(f"'host' is {self.host}, which is open to others: set 'api_keys', or say 'insecure'.")
         return self
@@ -226,8 +184,8 @@ class Settings(BaseSettings):
         """`upstreams`, or the one that the short form or the default stands for."""
         if self.upstreams:
             return self.upstreams
-        if self.backend == "chat":
-            return {"default": Upstream(kind="chat", url=self.upstream)}
+        if self.backend and self.backend != "echo":
+            return {"default": Upstream(kind=self.backend, url=self.upstream)}
         return {"echo": Upstream(kind="echo")}
 
     @property
@@ -356,30 +314,15 @@ def _check_short_form(settings: Settings) -> None:
     backend, upstream = settings.backend, settings.upstream
     if settings.upstreams and (backend or upstream):
         raise SettingsError("'backend' and 'upstream' are the short form for one upstream; 'upstreams' is given too.")
-    if backend == "chat" and not upstream:
-        raise SettingsError("'backend' is chat, so 'upstream' must give the address, as in http://127.0.0.1:11434/v1.")
-    if upstream and backend != "chat":
-        raise SettingsError("'upstream' gives an address, so 'backend' must be chat.")
+    needs = backend not in (None, "echo")
+    if needs and not upstream:
+        raise SettingsError(
+            f"'backend' is {backend}, so 'upstream' must give the address, as in http://127.0.0.1:11434/v1."
+        )
+    if upstream and not needs:
+        raise SettingsError("'upstream' gives an address, so 'backend' must say what is there, as in chat.")
     if upstream:
-        _check_address("upstream", upstream)
-
-
-def _check_upstream(name: str, upstream: Upstream) -> None:
-    where = f"upstreams.{name}"
-    if upstream.kind == "echo":
-        if upstream.url or upstream.api_key_env or upstream.pass_bearer:
-            raise SettingsError(f"'{where}' is of kind echo, which takes no 'url', 'api_key_env' or 'pass_bearer'.")
-        return
-    if not upstream.url:
-        raise SettingsError(f"'{where}' is of kind {upstream.kind}, which needs a 'url'.")
-    _check_address(f"{where}.url", upstream.url)
-    if upstream.api_key_env and upstream.pass_bearer:
-        raise SettingsError(f"'{where}' has both 'api_key_env' and 'pass_bearer'; a request has room for one key.")
-
-
-def _check_address(name: str, url: str) -> None:
-    if not url.startswith(("http://", "https://")):
-        raise SettingsError(f"'{name}' must begin with http:// or https://.")
+        check_address("upstream", upstream)
 
 
 def _check_routes(settings: Settings) -> None:

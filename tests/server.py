@@ -62,7 +62,8 @@ async def running(settings: Settings) -> AsyncIterator[str]:
         timeout_graceful_shutdown=5,
     )
     server = _Server(config)
-    with socket.socket() as listener:
+    # asyncio sends small writes at once only where the socket says that it is TCP; else each waits 40 ms.
+    with socket.socket(proto=socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         serving = asyncio.create_task(server.serve([listener]))
         ready = asyncio.create_task(server.ready.wait())

@@ -19,9 +19,10 @@ from responses_ingress.core.request import _MOST_NAME, KNOWN_FIELDS, parse_reque
 from responses_ingress.core.turn import Turn
 from responses_ingress.dialects.chat import ChatOptions, encode
 from responses_ingress.runs.metrics import Metrics
-from responses_ingress.settings import PREFIX, Route, Settings, Upstream, load
+from responses_ingress.settings import PREFIX, Route, Settings, load
 from responses_ingress.store.engine import read_engine, write_engine
 from responses_ingress.store.tables import metadata
+from responses_ingress.upstream_settings import Kind, Upstream
 from responses_ingress.web.exchange import _MOST_VALUES
 from responses_ingress.web.routes import _ROUTES
 from tests.test_rooms import EVERYTHING, ROOMS
@@ -74,6 +75,18 @@ def test_the_configuration_example_loads(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text(example, encoding="utf-8")
     settings = load(tmp_path / "c.toml", {}, {"OPENAI_API_KEY": "key"})
     assert len(settings.upstreams) == 2 and settings.routes and settings.default_upstream
+
+
+@pytest.mark.parametrize("example", blocks(ROOT / "docs" / "backends.md", "toml"))
+def test_the_examples_of_backends_load(tmp_path: Path, example: str) -> None:
+    (tmp_path / "c.toml").write_text(example, encoding="utf-8")
+    keys = dict.fromkeys(re.findall(r'api_key_env = "(\w+)"', example), "key")
+    assert load(tmp_path / "c.toml", {}, keys).effective_routes
+
+
+def test_every_kind_of_upstream_is_described() -> None:
+    page = (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## `(\w+)`$", page, re.MULTILINE) == list(get_args(Kind))
 
 
 @pytest.mark.parametrize("example", blocks(DEPLOYMENT, "toml"))

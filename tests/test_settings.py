@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from responses_ingress.errors import SettingsError
-from responses_ingress.settings import Route, Settings, Upstream, load
+from responses_ingress.settings import Route, Settings, load
+from responses_ingress.upstream_settings import Upstream
 
 TWO = {"upstreams": {"a": {"url": "http://a/v1"}, "b": {"url": "http://b/v1/"}}, "default_upstream": "a"}
 
@@ -102,8 +103,8 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str, says: str) -> None:
     ("given", "says"),
     [
         ({"backend": "chat"}, "'upstream' must give the address"),
-        ({"upstream": "http://a"}, "'backend' must be chat"),
-        ({"backend": "echo", "upstream": "http://a"}, "'backend' must be chat"),
+        ({"upstream": "http://a"}, "'backend' must say what is there"),
+        ({"backend": "echo", "upstream": "http://a"}, "'backend' must say what is there"),
         ({"backend": "chat", "upstream": "localhost:1"}, "must begin with http://"),
         (TWO | {"backend": "echo"}, "'upstreams' is given too"),
         (TWO | {"routes": [{"model": "x", "upstream": "c"}]}, "leads to 'c'"),
@@ -115,6 +116,21 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str, says: str) -> None:
         ({"upstreams": {"a": {"kind": "echo", "url": "http://a"}}}, "kind echo, which takes no"),
         ({"upstreams": {"a": {"url": "http://a", "api_key_env": "K", "pass_bearer": True}}}, "both"),
         ({"upstreams": {"a": {"url": "http://a", "api_key_env": "KEY"}}}, "KEY, which is not set"),
+        ({"upstreams": {"a": {"kind": "echo", "tools": "native"}}}, "takes no 'tools'"),
+        ({"upstreams": {"a": {"kind": "responses"}}}, "kind responses, which needs a 'url'"),
+        ({"upstreams": {"a": {"url": "http://a", "chain": True}}}, "takes no 'chain'. It is an option of responses."),
+        (
+            {"upstreams": {"a": {"kind": "messages", "url": "http://a", "item_ids": False}}},
+            "takes no 'item_ids'. It is an option of background, responses.",
+        ),
+        ({"upstreams": {"a": {"kind": "background", "url": "http://a", "retries": 1}}}, "takes no 'retries'"),
+        ({"upstreams": {"a": {"kind": "background", "url": "http://a", "on_disconnect": "cancel"}}}, "'on_disconnect'"),
+        ({"upstreams": {"a": {"url": "http://a", "system": "user"}}}, "which only messages knows"),
+        ({"upstreams": {"a:b": {"url": "http://a"}}}, "must not hold a colon, as 'a:b' does"),
+        ({"upstreams": {"a": {"url": "https://a", "ca_file": "/no/such.pem"}}}, "cannot be used: No such file"),
+        ({"upstreams": {"a": {"url": "https://a", "ca_file": __file__}}}, "cannot be used: it holds no cert"),
+        ({"backend": "messages"}, "'backend' is messages, so 'upstream' must give"),
+        ({"admins": ["a"]}, "'admins' names 'a', which is no tenant"),
         ({"host": "0.0.0.0"}, "'host' is 0.0.0.0"),
         ({"host": "example.org"}, "'host' is example.org"),
         ({"database_url": "mysql://x"}, "'database_url' must begin"),
@@ -161,6 +177,30 @@ def test_the_short_form_is_one_upstream_for_every_model() -> None:
     settings = load(None, {"backend": "chat", "upstream": "http://127.0.0.1:11434/v1/"}, {})
     assert settings.effective_upstreams == {"default": Upstream(url="http://127.0.0.1:11434/v1")}
     assert settings.effective_routes == (Route(model="*", upstream="default"),)
+
+
+@pytest.mark.parametrize("kind", ["responses", "background", "messages"])
+def test_the_short_form_is_good_for_every_kind(kind: Any) -> None:
+    settings = load(None, {"backend": kind, "upstream": "http://a/v1"}, {})
+    assert settings.effective_upstreams == {"default": Upstream(kind=kind, url="http://a/v1")}
+
+
+def test_every_kind_takes_its_options() -> None:
+    common: dict[str, Any] = {"url": "https://a/v1", "max_concurrent": 2, "max_waiting": 0, "tools": "emulated"}
+    kinds: dict[str, dict[str, Any]] = {
+        "chat": {"system": "leading", "reasoning": "text", "retries": 2},
+        "responses": {"chain": True, "on_disconnect": "continue"},
+        "background": {"completion_window": "24h", "idempotency": True, "item_ids": True},
+        "messages": {"system": "user", "thinking": "budget", "authorization": "bearer"},
+    }
+    upstreams = {kind: {"kind": kind, **common, **more} for kind, more in kinds.items()}
+    settings = load(None, {"upstreams": upstreams, "default_upstream": "chat"}, {})
+    again = load(None, {}, settings.to_environment())
+    assert again.upstreams == settings.upstreams == {kind: Upstream(**given) for kind, given in upstreams.items()}
+
+
+def test_admins_are_tenants() -> None:
+    assert load(None, {"api_keys": {"ops": "key"}, "admins": ["ops"]}, {}).admins == ("ops",)
 
 
 def test_routes_come_before_the_default() -> None:

@@ -27,6 +27,9 @@ Close = Literal["done", "end", "eof", "reset", "silent"]
 """How a stream ends: `done` with `[DONE]`; `end` cleanly without it; `eof` and `reset` by closing the
 socket in the middle of the body; `silent` never, until the client leaves."""
 
+_ASKED = frozenset(("/v1/chat/completions", "/v1/messages"))
+"""Paths that the script answers."""
+
 _REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 429: "Too Many Requests"}
 
 
@@ -97,7 +100,7 @@ class Received:
 
 
 class Upstream:
-    """The server; an async context manager. `requests` holds all requests, `calls` those of completions."""
+    """The server; an async context manager. `requests` holds all requests, `calls` those for an answer of the model."""
 
     def __init__(self, *answers: Answer, models: Sequence[str] = ("test-model",)) -> None:
         self.models = models
@@ -140,7 +143,7 @@ class Upstream:
 
     @property
     def calls(self) -> list[Received]:
-        return [request for request in self.requests if request.path == "/v1/chat/completions"]
+        return [request for request in self.requests if request.path in _ASKED]
 
     def script(self, *answers: Answer) -> None:
         """Add answers to the script. `answer`, a function, answers what the script does not."""
@@ -184,7 +187,7 @@ class Upstream:
             self._arrived.notify_all()
         if received.path == "/v1/models":
             return Reply({"object": "list", "data": [{"id": name, "object": "model"} for name in self.models]})
-        if received.path != "/v1/chat/completions":
+        if received.path not in _ASKED:
             return Reply({"error": {"message": f"No such path: {received.path}"}}, status=404)
         if self._script:
             return self._script.popleft()

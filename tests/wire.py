@@ -71,7 +71,7 @@ class Wire:
         self._parser = _Parser()
 
     async def __aenter__(self) -> Self:
-        sock = socket.socket()
+        sock = socket.socket(proto=socket.IPPROTO_TCP)
         sock.setblocking(False)
         if self._receive_buffer is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._receive_buffer)

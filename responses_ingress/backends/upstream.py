@@ -1,13 +1,15 @@
 """The HTTP client that every backend with an upstream shares.
 
 What must stay true: nothing of one tenant's exchange is kept for another (no cookies); no time limit
-cuts a live stream; a request is sent again only where the server cannot have begun it, once; cancelling
-closes the upstream's connection at once; no error shows where the upstream is, since a URL may hold a
-password. It must not know what is sent.
+cuts a live stream; a request is sent again only where the server cannot have begun it, once, or, as often as
+the operator wants, where it says that it has not; cancelling closes the upstream's connection at once; no
+error shows where the upstream is, since a URL may hold a password. It must not know what is sent.
 """
 
 import asyncio
 import logging
+import random
+import ssl
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
@@ -15,7 +17,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC
 from email.utils import parsedate_to_datetime
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 from weakref import WeakSet
@@ -46,6 +49,9 @@ _REST = 0.05
 
 _LONGEST_WAIT = 999_999
 
+_REFUSES_FOR_NOW = frozenset((429, 502, 503, 529))
+"""Statuses that say that nothing was begun, or nothing came of it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
@@ -57,10 +63,22 @@ class Timeouts:
 
 
 @dataclass(frozen=True, slots=True)
+class Retries:
+    """How often a request is made again of which nothing was begun. The first wait is `first` seconds, each is twice
+    the one before; where the server wants more than `longest`, its refusal stands."""
+
+    most: int = 0
+    first: float = 0.5
+    longest: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
 class Upstream:
     """Where a backend's requests go. `url` is the API's base, such as `http://127.0.0.1:11434/v1`.
 
-    key is sent as bearer; with `pass_bearer` the client's own bearer is sent where there is one.
+    key is sent as bearer, or as `x-api-key` (Anthropic); with `pass_bearer` the client's own bearer is sent
+    instead where there is one. `ca_file` adds to the certificates that Python trusts by itself (OpenSSL's, or those
+    that `SSL_CERT_FILE` and `SSL_CERT_DIR` name).
     """
 
     name: str
@@ -69,11 +87,17 @@ class Upstream:
     pass_bearer: bool = False
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     timeouts: Timeouts = field(default_factory=Timeouts)
+    authorization: Literal["bearer", "x-api-key"] = "bearer"
+    ca_file: Path | None = None
+    retries: Retries = Retries()
 
     def request_headers(self, bearer: str | None) -> dict[str, str]:
         key = (bearer if self.pass_bearer else None) or self.key
-        authorization = {"authorization": f"Bearer {key}"} if key else {}
-        return {"content-type": "application/json", **authorization, **self.headers}
+        if key and self.authorization == "bearer":
+            sent = {"authorization": f"Bearer {key}"}
+        else:
+            sent = {"x-api-key": key} if key else {}
+        return {"content-type": "application/json", **sent, **self.headers}
 
 
 _reused: ContextVar[float | None] = ContextVar("reused")
@@ -83,8 +107,8 @@ _reused: ContextVar[float | None] = ContextVar("reused")
 class _Connector(aiohttp.TCPConnector):
     """Tells by `_reused` which connection a request gets. A trace would too, at a fifth of the request's cost."""
 
-    def __init__(self) -> None:
-        super().__init__(limit=0)
+    def __init__(self, keep: bool, ca_file: Path | None) -> None:
+        super().__init__(limit=0, force_close=not keep, ssl=_trusting(ca_file))
         self._seen: WeakSet[object] = WeakSet()
 
     async def connect(self, *request: Any, **options: Any) -> Connection:
@@ -95,14 +119,16 @@ class _Connector(aiohttp.TCPConnector):
 
 
 class Client:
-    """The connections to one upstream. Make it inside the running loop."""
+    """The connections to one upstream. Make it inside the running loop. With `keep` off no connection serves a
+    second request, so none can be stale, and no request is ever sent again."""
 
-    def __init__(self, upstream: Upstream) -> None:
+    def __init__(self, upstream: Upstream, keep: bool = True) -> None:
         self.upstream = upstream
+        self._retries = upstream.retries.most if keep else 0
         self._leaving: set[aiohttp.ClientResponse] = set()
         times = upstream.timeouts
         self._session = aiohttp.ClientSession(
-            connector=_Connector(),
+            connector=_Connector(keep, upstream.ca_file),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=times.connect, sock_read=times.first_byte),
             proxy=_proxy(upstream),
@@ -113,22 +139,50 @@ class Client:
             response.close()
         await self._session.close()
 
-    async def post(self, path: str, body: bytes, bearer: str | None = None) -> "Answer":
+    async def post(
+        self, path: str, body: bytes, bearer: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> "Answer":
         """Send `body`, give its answer, whatever its status; the caller closes it. Raises `UpstreamError`
         and its kin."""
-        response = await self._send("POST", path, self.upstream.request_headers(bearer), body)
+        sent = {**self.upstream.request_headers(bearer), **(headers or {})}
+        for retry in range(self._retries):
+            try:
+                answer = Answer(self.upstream, await self._send("POST", path, sent, body), self._leaving)
+            except UpstreamUnreachable as error:
+                if may_have_begun(error) or isinstance(error.__cause__, ValueError):
+                    raise  # a URL or a certificate that is wrong stays wrong
+                wanted = 0.0
+            else:
+                wanted = answer.retry_after or 0.0
+                if answer.status not in _REFUSES_FOR_NOW or wanted > self.upstream.retries.longest:
+                    return answer
+                answer.close()
+            await self._pause(retry, wanted)
+        return Answer(self.upstream, await self._send("POST", path, sent, body), self._leaving)
+
+    async def _pause(self, retry: int, wanted: float) -> None:
+        """Wait before the retry number `retry` (from 0): as long as the server wants, a little more for each, and
+        never exactly as long as others do."""
+        times = self.upstream.retries
+        wait = min(times.first * 2**retry, times.longest) * (0.5 + random.random() / 2)
+        logger.info("upstream %s is asked again in %.1f s", self.upstream.name, wanted + wait)
+        await asyncio.sleep(wanted + wait)
+
+    async def get(self, path: str, bearer: str | None = None) -> "Answer":
+        """The same for a GET."""
+        response = await self._send("GET", path, self.upstream.request_headers(bearer), None)
         return Answer(self.upstream, response, self._leaving)
 
     async def get_json(self, path: str) -> Any:
         """The parsed answer to a GET."""
         upstream = self.upstream
-        response = await self._send("GET", path, upstream.request_headers(None), None)
+        answer = await self.get(path)
         try:
-            if response.status != 200:
-                raise UpstreamError(f"The upstream '{upstream.name}' answered {path} with status {response.status}.")
-            return parse_json(upstream, await Answer(upstream, response, self._leaving).read())
+            if answer.status != 200:
+                raise UpstreamError(f"The upstream '{upstream.name}' answered {path} with status {answer.status}.")
+            return parse_json(upstream, await answer.read())
         finally:
-            response.close()
+            answer.close()
 
     async def _send(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes | None
@@ -161,6 +215,21 @@ class Client:
             response.connection.protocol.read_timeout = self.upstream.timeouts.read
             response.connection.protocol.start_timeout()
         return response
+
+
+def _trusting(ca_file: Path | None) -> ssl.SSLContext | bool:
+    """What a server's certificate is checked with."""
+    if ca_file is None:
+        return True
+    context = ssl.create_default_context()
+    context.load_verify_locations(ca_file)
+    return context
+
+
+def may_have_begun(error: UpstreamError) -> bool:
+    """Whether the upstream may have got the request that failed so: not where no connection was made."""
+    cause = error.__cause__
+    return not isinstance(cause, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, ValueError))
 
 
 def _was_stale(error: Exception) -> bool:
@@ -267,15 +336,18 @@ class Answer:
         async with aclosing(self.chunks(limit)) as chunks:
             return b"".join([chunk async for chunk in chunks])
 
-    async def read_error(self) -> bytes:
-        """The beginning of an error's body."""
+    async def read_refusal(self) -> bytes:
+        """The beginning of an error's body. Nothing more is wanted then."""
         body = bytearray()
-        with suppress(UpstreamError):
-            async with aclosing(self.chunks()) as chunks:
-                async for chunk in chunks:
-                    body += chunk
-                    if len(body) > _MOST_ERROR:
-                        break
+        try:
+            with suppress(UpstreamError):
+                async with aclosing(self.chunks()) as chunks:
+                    async for chunk in chunks:
+                        body += chunk
+                        if len(body) > _MOST_ERROR:
+                            break
+        finally:
+            self.close()
         return bytes(body[:_MOST_ERROR])
 
 
@@ -294,6 +366,8 @@ def _translated(upstream: Upstream, error: Exception, begun: bool = False) -> Up
         return UpstreamTimeout(f"The upstream '{upstream.name}' has been silent for too long.")
     if begun:
         return UpstreamTruncated(f"The upstream '{upstream.name}' broke off in the middle of its answer.")
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return UpstreamUnreachable(f"The upstream '{upstream.name}' has a certificate that is not trusted.")
     if isinstance(error, aiohttp.ClientConnectorError):
         return UpstreamUnreachable(f"The upstream '{upstream.name}' cannot be reached.")
     if isinstance(error, (ValueError, aiohttp.NonHttpUrlClientError)):

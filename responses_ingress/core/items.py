@@ -99,6 +99,24 @@ def listed(item: Item) -> Item:
     return shown
 
 
+def parts_of(content: object) -> list[Mapping[str, Any]]:
+    """The parts of a message's content or of a tool's output, whichever way it is given."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return [part for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
+
+
+def part_text(part: Mapping[str, Any]) -> str:
+    """What a part says, a refusal too; "" for a part that is no text."""
+    text = part.get("text") or part.get("refusal")
+    return text if isinstance(text, str) else ""
+
+
+def all_text(content: object) -> str:
+    """All text in a content or an output, a part a line. (vLLM and others join parts like this too.)"""
+    return "\n".join(text for part in parts_of(content) if (text := part_text(part)))
+
+
 def last_user_text(items: Iterable[Item]) -> str:
     """The text of the last user message, or ""."""
     texts = [text_of(item) for item in items if item["type"] == "message" and item.get("role") == "user"]
@@ -112,3 +130,14 @@ def text_of(item: Mapping[str, Any]) -> str:
         return content
     parts = content if isinstance(content, list) else []
     return "".join(part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str))
+
+
+def seal(backend: str, content: str) -> str:
+    """Encrypted content as clients and the store see it: tagged with the backend that made it."""
+    return f"{backend}:{content}"
+
+
+def unseal(backend: str, content: str | None) -> str | None:
+    """What `backend` had sealed. Only it gets it back; to any other, None, it does not exist."""
+    tag = f"{backend}:"
+    return content[len(tag) :] if content is not None and content.startswith(tag) else None

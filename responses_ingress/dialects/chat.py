@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from responses_ingress.core.deltas import Item
+from responses_ingress.core.items import all_text, part_text, parts_of
 from responses_ingress.core.turn import Turn
 from responses_ingress.dialects.tools import Function, Toolbox, ToolMap, toolbox, wrapped
 from responses_ingress.errors import InvalidRequest
@@ -153,19 +154,19 @@ class _Transcript:
     def message(self, item: Item) -> None:
         role = item.get("role")
         if role == "assistant":
-            if text := _text(item.get("content")):
+            if text := all_text(item.get("content")):
                 self._unanswered().texts.append(text)
         elif role in ("system", "developer"):
-            self._instructed(_text(item.get("content")))
+            self._instructed(all_text(item.get("content")))
         else:
             self._put("user", _content(item.get("content")))
 
     def agent_message(self, item: Item) -> None:
         """What another agent wrote to this one (codex sub-agents)."""
-        self._put("user", _text(item.get("content")))
+        self._put("user", all_text(item.get("content")))
 
     def reasoning(self, item: Item) -> None:
-        text = _text(item.get("content")) or _text(item.get("summary"))
+        text = all_text(item.get("content")) or all_text(item.get("summary"))
         if text:
             self._unanswered().reasoning.append(text)
 
@@ -182,7 +183,7 @@ class _Transcript:
         the whole group, since nothing may stand between tool messages of one group."""
         content = _content(item.get("output"))
         attached = [part for part in content if part["type"] != "text"] if isinstance(content, list) else []
-        text = _text(item.get("output")) or ("(The output is attached below.)" if attached else "")
+        text = all_text(item.get("output")) or ("(The output is attached below.)" if attached else "")
         self._close_assistant()
         self._attached += attached
         self._messages.append({"role": "tool", "tool_call_id": item.get("call_id") or "", "content": text})
@@ -245,25 +246,9 @@ _HANDLERS: Mapping[str, Callable[[_Transcript, Item], None]] = {
 }
 
 
-def _parts(content: object) -> list[Mapping[str, Any]]:
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    return [part for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
-
-
-def _text_of(part: Mapping[str, Any]) -> str:
-    text = part.get("text") or part.get("refusal")
-    return text if isinstance(text, str) else ""
-
-
-def _text(content: object) -> str:
-    """All text in a content or a tool output, a part a line. (vLLM and others join parts like this too.)"""
-    return "\n".join(text for part in _parts(content) if (text := _text_of(part)))
-
-
 def _content(content: object) -> str | list[Part]:
     """A string where there is only text, since many local servers take no other form."""
-    parts = [made for part in _parts(content) if (made := _part(part))]
+    parts = [made for part in parts_of(content) if (made := _part(part))]
     if all(part["type"] == "text" for part in parts):
         return "\n".join(part["text"] for part in parts)
     return parts
@@ -277,7 +262,7 @@ def _part(part: Mapping[str, Any]) -> Part | None:
             return _file(part)
         case "input_audio":
             return {"type": "input_audio", "input_audio": part.get("input_audio")}
-    text = _text_of(part)
+    text = part_text(part)
     return {"type": "text", "text": text} if text else None
 
 

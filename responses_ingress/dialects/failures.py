@@ -41,6 +41,7 @@ _OVERFLOW = re.compile(
 )
 # Gemini and xAI say it with 400. Nothing else names the code or the words.
 _KEY_TROUBLE = re.compile(r"(invalid|incorrect).api.?key|api.?key.not.valid|authentication_error", re.IGNORECASE)
+_OVERLOADED = re.compile(r"overloaded", re.IGNORECASE)  # Anthropic, whose status for it is 529
 _RATE_LIMIT = re.compile(r"rate.?limit|too many requests", re.IGNORECASE)
 
 
@@ -59,6 +60,10 @@ class _Trouble(NamedTuple):
     @property
     def is_own_key(self) -> bool:
         return self.number in _OWN_KEY or bool(_KEY_TROUBLE.search(f"{self.code} {self.kind} {self.message}"))
+
+    @property
+    def is_overloaded(self) -> bool:
+        return self.number == 529 or bool(_OVERLOADED.search(f"{self.code} {self.kind}"))
 
     @property
     def is_rate_limit(self) -> bool:
@@ -90,6 +95,8 @@ def in_band(body: Any) -> dict[str, str]:
         code = "rate_limit_exceeded"
     elif trouble.is_overflow:
         code = "context_length_exceeded"
+    elif trouble.is_overloaded:
+        code = "server_is_overloaded"
     name = trouble.code or trouble.kind or (f"status {trouble.number}" if trouble.number else "")
     what = f"The upstream reported an error ({name})" if name else "The upstream reported an error"
     return {"code": code, "message": _sentence(what, trouble.message)}
@@ -109,6 +116,8 @@ def _status(status: int) -> int:
 def _code(trouble: _Trouble) -> str | None:
     if trouble.is_overflow:
         return "context_length_exceeded"
+    if trouble.is_overloaded:
+        return "server_is_overloaded"
     return trouble.code or ("rate_limit_exceeded" if trouble.is_rate_limit else None)
 
 

@@ -6,7 +6,8 @@ the item is closed; nothing comes after a Finish. It must not know how bytes bec
 
 Faults it lives with (recorded from vLLM, OpenRouter, OpenAI with several MCP servers): an item or a part
 that was never announced, ids that change between added and done, items that are done only in the final
-response, a final response that lacks items, content that is null, no sequence numbers.
+response, a final response that lacks items, content that is null, no sequence numbers, other names for
+the events of reasoning, an error without a type.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ import orjson
 
 from responses_ingress.core.channels import ANNOTATION, FIELDS, PARTS, Channel, kind_of, seals
 from responses_ingress.core.deltas import Accepted, Close, Delta, Finish, Item, Kind, Mark, Open
+from responses_ingress.core.items import seal
 from responses_ingress.core.replay import bare, bare_part, deltas_of_response, ended_as, ending
 from responses_ingress.dialects.failures import in_band
 from responses_ingress.dialects.slot import Slot
@@ -41,10 +43,19 @@ _IMPLIED: Mapping[Kind, Item] = {
 """The item that text belongs to when the provider did not announce one."""
 
 
-class ResponsesReader:
-    """Feed it the events of one response, or give it a whole one."""
+_ALSO_CALLED = {
+    "response.reasoning_text": ("response.reasoning", "reasoning"),
+    "response.content_part": ("response.reasoning_part",),
+}
+"""Other names of events: vLLM's own for reasoning, and those of the Open Responses text."""
 
-    def __init__(self) -> None:
+
+class ResponsesReader:
+    """Feed it the events of one response, or give it a whole one. Encrypted content is sealed in the name
+    of `backend`; without one it stays as it is."""
+
+    def __init__(self, backend: str | None = None) -> None:
+        self._backend = backend
         self.envelope: Mapping[str, Any] | None = None
         """The response object as the provider created it."""
         self._slots: list[Slot] = []
@@ -52,30 +63,46 @@ class ResponsesReader:
         self._by_index: dict[int, Slot] = {}
         self._ended = False
 
-    def feed(self, event: Mapping[str, Any]) -> list[Delta]:
+    @property
+    def ended(self) -> bool:
+        """Whether the response has ended; whatever else comes is of no interest."""
+        return self._ended
+
+    finished = ended
+
+    def feed(self, event: Any) -> list[Delta]:
         if self._ended:
             return []
+        if not isinstance(event, dict):
+            raise UpstreamInvalid("The upstream sent an event that is no object.")
         name = event.get("type")
         if not isinstance(name, str):
+            if event.get("error"):
+                return self._error(event)
             raise UpstreamInvalid("The upstream sent an event without a type.")
         step = _STEPS.get(name)
         return step(self, event) if step else self._mark(name, event)
 
-    def finish(self) -> list[Delta]:
+    def end(self) -> list[Delta]:
         """The stream is over."""
         if not self._ended:
             raise UpstreamTruncated("The upstream's stream ended before its response did.")
         return []
 
-    def read_json(self, response: Mapping[str, Any]) -> list[Delta]:
+    def read_json(self, response: Any) -> list[Delta]:
         """A whole answer."""
-        if ended_as(response) is None:
+        if not isinstance(response, dict):
+            raise UpstreamInvalid("The upstream answered with something that is no response.")
+        status = ended_as(response)
+        if status is None and not response.get("status") and response.get("error"):
+            return self._error(response)
+        if status is None:
             raise UpstreamTruncated("The upstream answered with a response that has not ended.")
-        if not isinstance(response.get("output"), list):
+        if status in ("completed", "incomplete") and not isinstance(response.get("output"), list):
             raise UpstreamInvalid("The upstream answered with a response without output.")
         self._see(response)
         self._ended = True
-        return deltas_of_response(self._whole(response, str(response["status"])))
+        return deltas_of_response(self._whole(response, status))
 
     # Lifecycle
 
@@ -195,6 +222,9 @@ class ResponsesReader:
             sound[place] = []
         if isinstance(sound.get("arguments"), dict) and item["type"] in FIELDS:
             sound["arguments"] = orjson.dumps(sound["arguments"]).decode()
+        encrypted = item.get("encrypted_content")
+        if self._backend is not None and isinstance(encrypted, str):
+            sound["encrypted_content"] = seal(self._backend, encrypted)
         return sound
 
     def _added(self, event: Mapping[str, Any]) -> list[Delta]:
@@ -301,12 +331,12 @@ _Step = Callable[[ResponsesReader, Mapping[str, Any]], list[Delta]]
 
 def _text_steps() -> Iterable[tuple[str, _Step]]:
     for kind, channel in PARTS.items():
-        # vLLM and the Open Responses text say `response.reasoning` where others say `reasoning_text`.
-        for event in {channel.event, channel.event.replace("reasoning_text", "reasoning")}:
+        for event in (channel.event, *_ALSO_CALLED.get(channel.event, ())):
             yield f"{event}.delta", partial(ResponsesReader._part_delta, kind=kind)
             yield f"{event}.done", partial(ResponsesReader._part_text, kind=kind)
-        yield f"{channel.part}.added", ResponsesReader._part_added
-        yield f"{channel.part}.done", ResponsesReader._part_done
+        for event in (channel.part, *_ALSO_CALLED.get(channel.part, ())):
+            yield f"{event}.added", ResponsesReader._part_added
+            yield f"{event}.done", ResponsesReader._part_done
     for channel in FIELDS.values():
         yield f"{channel.event}.delta", partial(ResponsesReader._field_delta, channel=channel)
         yield f"{channel.event}.done", partial(ResponsesReader._field_text, channel=channel)
@@ -323,6 +353,7 @@ _STEPS: Mapping[str, _Step] = {
     "response.completed": partial(ResponsesReader._end, status="completed"),
     "response.incomplete": partial(ResponsesReader._end, status="incomplete"),
     "response.failed": partial(ResponsesReader._end, status="failed"),
+    "response.cancelled": partial(ResponsesReader._end, status="cancelled"),
     "error": ResponsesReader._error,
 }
 
@@ -345,6 +376,6 @@ def _error_of(given: Any) -> dict[str, Any]:
     """An upstream's error as the `error` of a failed response: its own code, but where ours says more."""
     error = in_band(given)
     code, message = (given.get("code"), given.get("message")) if isinstance(given, dict) else (None, None)
-    if not isinstance(code, str) or not isinstance(message, str):
+    if error["code"] == "upstream_refused" or not isinstance(code, str) or not isinstance(message, str):
         return {**error}
     return {"code": code if error["code"] == "server_error" else error["code"], "message": message}

@@ -28,7 +28,7 @@ from typing import Any
 import orjson
 
 from responses_ingress.core.builder import Event
-from responses_ingress.core.deltas import Accepted, Delta, Finish, Item, Open, Remember, Text
+from responses_ingress.core.deltas import Accepted, Delta, Finish, Item, Open, Remember, Text, decode
 from responses_ingress.core.deltas import encode as encode_deltas
 from responses_ingress.core.envelope import Envelope, changed
 from responses_ingress.core.items import digest
@@ -137,7 +137,7 @@ class Run:
         self._builder = fold(envelope, [entry.payload for entry in work.journal], silent=self.silent)
         self._created: list[Event] = []  # made first of all, to be published with the response's row
         self._held: list[Event] = []  # made, not yet published
-        self._unwritten: list[Delta] = []  # fed to the builder, not yet in the journal
+        self._unwritten = _eventless(work.journal)  # fed to the builder, and not in the journal, or still to stay there
         self._written = sum(entry.events for entry in work.journal)  # number of the first event not journaled
         self._flush: asyncio.TimerHandle | None = None
         self._memory = _dumped(self._builder.memory)
@@ -320,9 +320,12 @@ class Run:
             self._kit.at("publish.after")
 
     def _entry(self) -> Entry:
-        """What is not in the journal yet, as its next row."""
+        """What is not in the journal yet, as its next row. One that makes no event has the place of the next, which
+        takes over what is in it."""
         first, self._written = self._written, self._builder.number
-        payload, self._unwritten = encode_deltas(self._unwritten), []
+        payload = encode_deltas(self._unwritten)
+        if self._written > first:
+            self._unwritten = []
         return Entry(first, self._written - first, payload)
 
     def _write(self, record: Record) -> "asyncio.Future[None]":
@@ -502,6 +505,11 @@ def told_failure(response: Mapping[str, Any]) -> IngressError:
     """The error of a failed response, as an HTTP error."""
     told = response["error"]
     return UpstreamError(told["message"], code=told["code"], status=_STATUSES.get(told["code"]))
+
+
+def _eventless(journal: Sequence[Entry]) -> list[Delta]:
+    """The deltas of a last row without events, whose place the next row takes."""
+    return list(decode(journal[-1].payload)) if journal and not journal[-1].events else []
 
 
 async def _begun(record: Record) -> None:

@@ -50,10 +50,13 @@ _NEW = (
 )
 _INSERT_RESPONSE = insert_of(responses, *_NEW)
 _INSERT_ITEM = insert_of(items)
-# A batch whose commit nobody heard of is written again; the lease's epoch has seen to it that it is the same.
+# A batch whose commit nobody heard of is written again, and one without events again with what comes after it; the
+# lease's epoch has seen to it that both are this run's.
 _INSERT_JOURNAL = text(
     "INSERT INTO journal (response_id, first, tenant, count, payload)"
-    " VALUES (:response_id, :first, :tenant, :count, :payload) ON CONFLICT DO NOTHING"
+    " VALUES (:response_id, :first, :tenant, :count, :payload)"
+    " ON CONFLICT (response_id, first) DO UPDATE SET count = excluded.count, payload = excluded.payload"
+    " WHERE journal.count = 0"
 )
 _INSERT_PREAMBLE = text(  # another worker may just have inserted it
     "INSERT INTO preambles (tenant, digest, payload) VALUES (:tenant, :digest, :payload) ON CONFLICT DO NOTHING"

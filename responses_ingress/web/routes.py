@@ -24,6 +24,7 @@ from responses_ingress.store.database import Database
 from responses_ingress.web.exchange import Exchange, Handler, answer, decode_headers
 from responses_ingress.web.models import Models
 from responses_ingress.web.responses import Responses
+from responses_ingress.web.upstreams import Upstreams
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class Web:
     responses: Responses
     models: Models
     health: Health
+    upstreams: Upstreams
 
 
 _ROUTES: tuple[tuple[str, str, Callable[[Web], Handler]], ...] = (
@@ -62,6 +64,7 @@ _ROUTES: tuple[tuple[str, str, Callable[[Web], Handler]], ...] = (
     ("GET", "/v1/responses/{response_id}/input_items", lambda web: web.responses.input_items),
     ("GET", "/v1/models", lambda web: web.models.list),
     ("GET", "/v1/models/{model:path}", lambda web: web.models.retrieve),
+    ("GET", "/v1/upstreams", lambda web: web.upstreams.list),
     ("GET", "/healthz", lambda web: web.health.alive),
     ("GET", "/readyz", lambda web: web.health.ready),
     ("GET", "/metrics", lambda web: web.health.scrape),

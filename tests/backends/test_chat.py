@@ -1,9 +1,8 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from typing import Any
 
-import orjson
 import pytest
 
 from responses_ingress.backends.chat import ChatBackend
@@ -31,23 +30,6 @@ async def backend(upstream: Upstream) -> AsyncIterator[ChatBackend]:
     backend = ChatBackend(Settings("scripted", upstream.url, timeouts=Timeouts(read=5)), ChatOptions())
     yield backend
     await backend.close()
-
-
-@asynccontextmanager
-async def listing(value: Any) -> AsyncIterator[ChatBackend]:
-    """A backend whose upstream answers everything with this JSON."""
-    body = orjson.dumps(value)
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
-        writer.close()
-
-    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-        port = server.sockets[0].getsockname()[1]
-        backend = ChatBackend(Settings("odd", f"http://127.0.0.1:{port}/v1"), ChatOptions())
-        yield backend
-        await backend.close()
 
 
 def turn(text: str = "hi", **fields: Any) -> Turn:
@@ -149,7 +131,7 @@ async def test_a_stream_without_done_ends_where_it_ends(upstream: Upstream, back
 async def test_an_answer_with_a_finish_reason_is_whole_however_it_ends(
     upstream: Upstream, backend: ChatBackend, monkeypatch: pytest.MonkeyPatch, close: Any
 ) -> None:
-    monkeypatch.setattr("responses_ingress.backends.chat._AFTERMATH", 0.05)
+    monkeypatch.setattr("responses_ingress.backends.exchange._AFTERMATH", 0.05)
     upstream.script(Stream([chunk({"content": "hi"}), chunk(finish="stop")], close=close))
     async with asyncio.timeout(2):
         deltas = flat(await batches_of(backend))
@@ -160,7 +142,7 @@ async def test_an_answer_with_a_finish_reason_is_whole_however_it_ends(
 async def test_pings_do_not_keep_an_answer_open_that_is_over(
     upstream: Upstream, backend: ChatBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("responses_ingress.backends.chat._AFTERMATH", 0.05)
+    monkeypatch.setattr("responses_ingress.backends.exchange._AFTERMATH", 0.05)
     upstream.script(Stream([chunk({"content": "hi"}), chunk(finish="stop"), *[b": ping\n\n"] * 200], pace=0.01))
     async with asyncio.timeout(1):
         assert await answered(backend) == [("message", "hi")]
@@ -259,10 +241,21 @@ async def test_an_answer_that_is_none_is_an_error_that_says_why(
         await batches_of(backend)
 
 
-async def test_what_came_before_a_break_is_given(upstream: Upstream, backend: ChatBackend) -> None:
-    upstream.script(Stream([chunk({"content": "so"}), chunk({"content": " far"})], close="reset"))
+@pytest.mark.parametrize(
+    ("more", "close", "error"),
+    [
+        ([], "reset", UpstreamTruncated),
+        ([], "done", UpstreamTruncated),
+        ([b"data: {oh\n\n"], "done", UpstreamInvalid),
+        ([b"data: []\n\n"], "done", UpstreamInvalid),
+    ],
+)
+async def test_what_came_before_a_break_is_given(
+    upstream: Upstream, backend: ChatBackend, more: list[bytes], close: Any, error: type[UpstreamError]
+) -> None:
+    upstream.script(Stream([chunk({"content": "so"}), chunk({"content": " far"}), *more], close=close))
     deltas: list[Delta] = []
-    with pytest.raises(UpstreamTruncated):
+    with pytest.raises(error):
         async for batch in backend.stream(turn()):
             deltas += batch
     assert "".join(delta.text for delta in deltas if isinstance(delta, Text)) == "so far"
@@ -358,31 +351,6 @@ async def test_a_kind_of_tool_that_is_left_out_is_logged_once(
     assert caplog.text.count("web_search") == 1
 
 
-async def test_types_that_clients_make_up_are_neither_logged_nor_remembered(
-    upstream: Upstream, backend: ChatBackend, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO", "responses_ingress.backends.chat")
-    upstream.script(*[Say("hi")] * 3)
-    for number in range(3):
-        await batches_of(backend, turn(tools=[{"type": f"made-up\n{number}"}]))
-    assert "made-up" not in caplog.text
-    assert [record.getMessage().rpartition(" ")[2] for record in caplog.records] == ["other"]
-
-
-async def test_a_list_of_models_is_not_waited_for_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read()  # until the client leaves
-        writer.close()
-
-    monkeypatch.setattr("responses_ingress.backends.chat._LISTING", 0.05)
-    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
-        backend = ChatBackend(Settings("slow", url), ChatOptions())
-        with pytest.raises(UpstreamTimeout, match="list its models"):
-            await asyncio.wait_for(backend.models(), 2)
-        await backend.close()
-
-
 async def test_its_name_is_the_upstreams(backend: ChatBackend) -> None:
     assert backend.name == "scripted"
 
@@ -391,15 +359,3 @@ async def test_it_lists_the_upstreams_models(upstream: Upstream, backend: ChatBa
     upstream.models = ("a", "vendor/b")
     assert await backend.models() == ["a", "vendor/b"]
     assert (upstream.requests[0].method, upstream.requests[0].path) == ("GET", "/v1/models")
-
-
-@pytest.mark.parametrize("listed", [None, [], {}, {"data": None}, {"data": {"id": "a"}}], ids=str)
-async def test_a_list_of_models_that_is_none_is_an_error(listed: Any) -> None:
-    async with listing(listed) as backend:
-        with pytest.raises(UpstreamInvalid, match="does not list its models"):
-            await backend.models()
-
-
-async def test_entries_of_the_list_that_are_no_models_are_left_out() -> None:
-    async with listing({"data": [{"id": "a"}, {"id": 7}, "b", {}, None]}) as backend:
-        assert await backend.models() == ["a"]

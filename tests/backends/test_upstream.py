@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from responses_ingress.backends.upstream import Client, Timeouts, Upstream, parse_json
+from responses_ingress.backends.upstream import Client, Timeouts, Upstream, may_have_begun, parse_json
 from responses_ingress.errors import (
     UpstreamError,
     UpstreamInvalid,
@@ -64,6 +64,23 @@ async def test_a_post_brings_its_body_and_gives_the_answer_whatever_its_status(
     assert "authorization" not in upstream.calls[0].headers
 
 
+async def test_a_request_may_have_headers_of_its_own(upstream: Scripted, client: Client) -> None:
+    upstream.script(FINE, FINE)
+    for headers in ({"idempotency-key": "k"}, None):
+        answer = await client.post(PATH, b"{}", None, headers)
+        answer.close()
+    assert [call.headers.get("idempotency-key") for call in upstream.calls] == ["k", None]
+
+
+async def test_a_get_gives_the_answer_whatever_its_status(upstream: Scripted) -> None:
+    upstream.script(Reply({"error": "no"}, status=418, headers={"retry-after": "7"}))
+    async with client_of(upstream.url, key="ours", pass_bearer=True) as client:
+        answer = await client.get(PATH, "theirs")
+        assert (answer.status, answer.retry_after, await answer.read()) == (418, 7.0, b'{"error":"no"}')
+        answer.close()
+    assert (upstream.calls[0].method, upstream.calls[0].headers["authorization"]) == ("GET", "Bearer theirs")
+
+
 @pytest.mark.parametrize("value", ["", "soon", "1.5", "-1", "9" * 400, "1000000", "Wed, 21 Oct 2015 07:28:00 GMT"])
 async def test_a_patience_that_is_no_number_is_none(upstream: Scripted, client: Client, value: str) -> None:
     upstream.script(Reply({}, headers={"retry-after": value}))
@@ -102,6 +119,26 @@ async def test_the_clients_bearer_is_passed_on_only_where_that_is_set(
     async with client_of(upstream.url, **fields) as client:
         await ask(client, bearer)
     assert upstream.calls[0].headers.get("authorization") == sent
+
+
+@pytest.mark.parametrize(
+    ("fields", "bearer", "sent"),
+    [
+        ({}, None, None),
+        ({"key": "ours"}, "theirs", "ours"),
+        ({"key": "ours", "pass_bearer": True}, "theirs", "theirs"),
+        ({"pass_bearer": True}, None, None),
+    ],
+    ids=str,
+)
+async def test_a_key_can_go_into_a_header_of_its_own(
+    upstream: Scripted, fields: Mapping[str, Any], bearer: str | None, sent: str | None
+) -> None:
+    upstream.script(FINE)
+    async with client_of(upstream.url, authorization="x-api-key", **fields) as client:
+        await ask(client, bearer)
+    headers = upstream.calls[0].headers
+    assert (headers.get("x-api-key"), headers.get("authorization")) == (sent, None)
 
 
 async def test_a_list_of_models_is_asked_for_with_our_own_key_only(upstream: Scripted) -> None:
@@ -243,6 +280,25 @@ async def test_a_used_connection_that_breaks_late_is_not_tried_again(
     with pytest.raises(UpstreamUnreachable):
         await ask(client)
     assert (len(upstream.calls), upstream.unused) == (2, 1)
+
+
+async def test_without_kept_connections_none_is_stale(upstream: Scripted) -> None:
+    upstream.script(FINE, Drop(), FINE)
+    client = Client(Upstream("scripted", upstream.url), keep=False)
+    await ask(client)
+    with pytest.raises(UpstreamUnreachable) as failed:
+        await ask(client)
+    await client.close()
+    assert may_have_begun(failed.value)
+    assert [call.reused for call in upstream.calls] == [False, False]
+
+
+async def test_what_found_no_server_has_not_begun() -> None:
+    for url in (f"http://127.0.0.1:{free_port()}/v1", "http://"):
+        async with client_of(url) as client:
+            with pytest.raises(UpstreamUnreachable) as failed:
+                await ask(client)
+            assert not may_have_begun(failed.value)
 
 
 async def test_a_fresh_connection_that_is_dropped_is_not_tried_again(upstream: Scripted, client: Client) -> None:
@@ -424,7 +480,7 @@ async def test_a_body_over_the_limit_is_not_read_to_its_end(upstream: Scripted, 
 
 async def test_an_errors_body_is_given_whole(upstream: Scripted, client: Client) -> None:
     upstream.script(Reply(body=b"x" * 65_536, status=500))
-    assert await (await client.post(PATH, b"{}")).read_error() == b"x" * 65_536
+    assert await (await client.post(PATH, b"{}")).read_refusal() == b"x" * 65_536
 
 
 @pytest.mark.parametrize("rest", [[b"x" * 100_000, asyncio.Event()], []], ids=["huge", "broken"])
@@ -433,7 +489,7 @@ async def test_of_a_huge_or_broken_error_the_beginning_is_given(
 ) -> None:
     upstream.script(Stream([b"It broke. ", *rest], close="eof", status=500))
     answer = await client.post(PATH, b"{}")
-    body = await answer.read_error()
+    body = await answer.read_refusal()
     answer.close()
     assert body.startswith(b"It broke. ")
     assert len(body) <= 65_536
@@ -442,7 +498,7 @@ async def test_of_a_huge_or_broken_error_the_beginning_is_given(
 async def test_of_a_huge_error_no_more_than_needed_is_read(upstream: Scripted, client: Client) -> None:
     upstream.script(Stream([b"x" * 100_000, asyncio.Event()], status=500))
     answer = await client.post(PATH, b"{}")
-    assert len(await answer.read_error()) <= 65_536
+    assert len(await answer.read_refusal()) <= 65_536
     answer.close()
     await upstream.closed(0)
 

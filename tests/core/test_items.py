@@ -8,12 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from responses_ingress.core.items import (
+    all_text,
     digest,
     is_anchor,
     is_model_made,
     last_user_text,
     listed,
+    seal,
     text_of,
+    unseal,
     user_message,
 )
 
@@ -222,3 +225,22 @@ def test_the_last_user_text_is_the_last_user_messages() -> None:
     assert last_user_text([user("first"), user([input_text("last")]), assistant("answer"), CALL]) == "last"
     assert last_user_text([assistant("answer"), {"type": "message", "role": "developer", "content": "x"}]) == ""
     assert last_user_text([]) == ""
+
+
+def test_all_text() -> None:
+    parts = [{"type": "input_text", "text": "a"}, {"type": "input_image"}, {"type": "refusal", "refusal": "b"}, "c"]
+    assert all_text(parts) == "a\nb"
+    assert all_text("a") == "a"
+    assert all_text(None) == all_text(7) == ""
+
+
+@pytest.mark.parametrize("content", ["E", "", "claude:E", '{"a":1}'])
+def test_a_backend_gets_back_what_it_sealed(content: str) -> None:
+    sealed = seal("claude", content)
+    assert sealed == f"claude:{content}"
+    assert unseal("claude", sealed) == content
+
+
+@pytest.mark.parametrize("content", [None, "", "E", "claude", "claude2:E", "openai:claude:E", "Claude:E"])
+def test_what_another_made_is_not_unsealed(content: str | None) -> None:
+    assert unseal("claude", content) is None

@@ -38,7 +38,7 @@ OUTPUT = EVENTS[-1]["response"]["output"]
 def read(events: Sequence[Json]) -> list[Delta]:
     reader = ResponsesReader()
     deltas = [delta for event in events for delta in reader.feed(event)]
-    return [*deltas, *reader.finish()]
+    return [*deltas, *reader.end()]
 
 
 def rebuilt(events: Sequence[Json]) -> list[Json]:

@@ -18,6 +18,7 @@ OVERFLOWS = [
     {"error": {"message": "prompt too long; exceeded max context length by 4 tokens"}},
     {"error": "the input length exceeds the context length"},
     {"type": "error", "error": {"message": "prompt is too long: 213462 tokens > 200000 maximum"}},
+    {"error": {"message": "input length and `max_tokens` exceed context limit: 188240 + 21333 > 200000, decrease it"}},
     {"message": "Input is too long for requested model."},
     [
         {
@@ -84,6 +85,13 @@ def test_statuses(status: int, ours: int) -> None:
             "rate_limit_exceeded",
             "Slow.",
         ),
+        (
+            529,
+            {"type": "error", "error": {"message": "Overloaded", "type": "overloaded_error"}, "request_id": "r"},
+            "server_is_overloaded",
+            "Overloaded.",
+        ),
+        (529, {"message": "Wait"}, "server_is_overloaded", "Wait."),
         (429, {"error": {"message": "Pay", "code": "insufficient_quota"}}, "insufficient_quota", "Pay."),
         # Groq says a limit of tokens a minute with 413.
         (413, {"error": {"message": "Too large", "code": "rate_limit_exceeded"}}, "rate_limit_exceeded", "Too large."),
@@ -159,6 +167,11 @@ def test_bodies_of_all_sorts(body: bytes, message: str) -> None:
             {"error": {"message": "Rate limit reached"}},
             "rate_limit_exceeded",
             "The upstream reported an error: Rate limit reached.",
+        ),
+        (
+            {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}},
+            "server_is_overloaded",
+            "The upstream reported an error (overloaded_error): Overloaded.",
         ),
         ({"message": "bare", "type": "oops"}, "server_error", "The upstream reported an error (oops): bare."),
         ("gone!", "server_error", "The upstream reported an error: gone!"),

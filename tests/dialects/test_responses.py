@@ -99,6 +99,21 @@ def test_the_newer_encrypted_content_is_kept() -> None:
     assert rebuilt(events) == events
 
 
+def test_encrypted_content_is_sealed_wherever_it_stands() -> None:
+    first: Json = {**reasoning(), "encrypted_content": "a"}
+    compaction: Json = {"type": "compaction", "id": "cmp_1", "encrypted_content": "c"}
+    events = events_of([Open(0, first), Close(0), Open(1, compaction), Close(1), DONE])
+    events[-1]["response"]["output"][0]["encrypted_content"] = "b"
+    reader = ResponsesReader("mine")
+    deltas = [delta for event in events for delta in reader.feed(event)]
+    opened = [delta.item["encrypted_content"] for delta in deltas if isinstance(delta, Open)]
+    closed = [(delta.item or {})["encrypted_content"] for delta in deltas if isinstance(delta, Close)]
+    assert opened == closed == ["mine:a", "mine:c"]
+    assert finish_of(deltas).items == {0: {**first, "encrypted_content": "mine:b"}}
+    whole = [delta for delta in ResponsesReader("mine").read_json(events[-1]["response"]) if isinstance(delta, Close)]
+    assert [(delta.item or {})["encrypted_content"] for delta in whole] == ["mine:b", "mine:c"]
+
+
 def test_unknown_events_are_marks() -> None:
     odd = {"type": "response.odd", "sequence_number": 2, "x": 1, "obfuscation": "zz"}
     about = {"type": "response.odd.one", "output_index": 1, "item_id": "ws_1", "y": 2}
@@ -159,8 +174,10 @@ def test_a_failure_closes_nothing_and_keeps_what_it_tells() -> None:
     ]
 
 
-def test_a_cancelled_response() -> None:
-    assert finish_of(read(events_of([Accepted(), Finish("cancelled")]))).status == "cancelled"
+@pytest.mark.parametrize("name", ["response.failed", "response.cancelled"])
+def test_a_cancelled_response(name: str) -> None:
+    events = events_of([Accepted(), Finish("cancelled")])
+    assert finish_of(read([*events[:-1], {**events[-1], "type": name}])).status == "cancelled"
 
 
 def test_incomplete_without_a_reason_is_a_failure() -> None:
@@ -187,6 +204,12 @@ def test_an_error_event_fails_the_response(event: Json) -> None:
     assert read([*EVENTS[:5], event, failed])[-1] == Finish("failed", error={"code": "odd_code", "message": "No."})
 
 
+def test_an_error_without_a_type_fails_the_response() -> None:
+    error = {"code": "odd_code", "message": "No."}
+    assert read([*EVENTS[:5], {"error": error}])[-1] == Finish("failed", error=error)
+    assert ResponsesReader().read_json({"error": error}) == [Finish("failed", error=error)]
+
+
 @pytest.mark.parametrize(
     "error", [None, "broken", {}, {"code": 429, "message": "slow down"}, {"message": "No."}, {"code": "odd"}]
 )
@@ -194,6 +217,15 @@ def test_any_error_is_told_with_code_and_message(error: Any) -> None:
     deltas = read([{"type": "error", "error": error}])
     detail = finish_of(deltas).error
     assert detail is not None and set(detail) == {"code", "message"} and all(detail.values())
+
+
+def test_trouble_with_the_upstreams_key_shows_nothing_of_it() -> None:
+    error = {"code": "invalid_api_key", "message": "Incorrect API key provided: sk-proj-****1234."}
+    for deltas in (read([{"type": "error", "error": error}]), ResponsesReader().read_json({"error": error})):
+        assert finish_of(deltas).error == {
+            "code": "upstream_refused",
+            "message": "The upstream refused its credentials.",
+        }
 
 
 def test_a_full_context_has_its_one_code() -> None:
@@ -244,7 +276,7 @@ def test_a_json_answer() -> None:
     events = events_of(deltas, reader.envelope)
     check_stream(events)
     assert events[-1]["response"] == response
-    assert reader.feed(EVENTS[0]) == [] and reader.finish() == []
+    assert reader.feed(EVENTS[0]) == [] and reader.end() == []
 
 
 @pytest.mark.parametrize("status", ["queued", "in_progress", None])
@@ -257,6 +289,12 @@ def test_a_json_answer_that_has_not_ended(status: str | None) -> None:
 def test_a_json_answer_without_output(output: Any) -> None:
     with pytest.raises(UpstreamInvalid):
         ResponsesReader().read_json({**ENVELOPE, "status": "completed", "output": output})
+
+
+@pytest.mark.parametrize("output", [None, {}, []])
+def test_a_failure_needs_no_output(output: Any) -> None:
+    deltas = ResponsesReader().read_json({**ENVELOPE, "status": "failed", "output": output, "error": ERROR})
+    assert deltas == [Accepted(), Finish("failed", error=ERROR, echo={"service_tier": "auto"})]
 
 
 def test_a_json_answer_with_faults() -> None:

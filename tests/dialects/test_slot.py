@@ -215,9 +215,15 @@ def test_an_item_announced_with_its_text() -> None:
     assert rebuilt(events)[-1]["response"]["output"] == events[-1]["response"]["output"]
 
 
-def test_reasoning_under_its_other_name() -> None:
+@pytest.mark.parametrize(
+    ("usual", "other"),
+    [("response.reasoning_text", "response.reasoning"), ("response.reasoning_text", "reasoning")]
+    + [("response.content_part", "response.reasoning_part")],
+)
+def test_reasoning_under_its_other_names(usual: str, other: str) -> None:
     events = events_of([Open(0, reasoning()), Part(0, "reasoning_text"), Text(0, "hm"), Close(0), DONE])
-    named = [{**event, "type": event["type"].replace("reasoning_text", "reasoning")} for event in events]
+    named = [{**event, "type": event["type"].replace(usual, other)} for event in events]
+    assert named != events
     assert rebuilt(named) == events
 
 

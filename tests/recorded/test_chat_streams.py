@@ -2,10 +2,8 @@
 says what was sent. What was sent is worked out here, from the raw chunks, without the reader.
 """
 
-import os
 import random
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -18,17 +16,11 @@ from responses_ingress.dialects.sse import Parser
 from responses_ingress.dialects.tools import ToolMap
 from responses_ingress.errors import UpstreamInvalid, UpstreamTruncated
 from tests.dialects.play import events_of
+from tests.recordings import recordings
 
 Json = dict[str, Any]
 
-VARIABLE = "RESPONSES_INGRESS_RECORDINGS"
-FOLDER = os.environ.get(VARIABLE)
-if FOLDER is None and os.environ.get("CI"):
-    pytest.fail(f"{VARIABLE} does not name the folder of recordings.", pytrace=False)
-if FOLDER is None:
-    pytest.skip(f"{VARIABLE} does not name the folder of recordings.", allow_module_level=True)
-
-RECORDINGS = {path.stem: orjson.loads(path.read_bytes()) for path in sorted(Path(FOLDER, "chat").glob("*.json"))}
+RECORDINGS = recordings("chat")
 STREAMS = [name for name, recording in RECORDINGS.items() if "stream" in recording]
 ERRORS = [name for name, recording in RECORDINGS.items() if recording["status"] >= 400]
 WHOLE = [name for name in RECORDINGS if name not in STREAMS and name not in ERRORS]

@@ -5,10 +5,8 @@ What is set aside on both sides: `obfuscation`; usage is brought into its one sh
 than a recording (`completed_at`). Streams that differ in more are named below, each with its reason.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -20,17 +18,11 @@ from responses_ingress.dialects.sse import Parser
 from responses_ingress.errors import UpstreamTruncated
 from tests.core.shapes import build, parsed
 from tests.invariants import check_stream
+from tests.recordings import recordings
 
 Json = dict[str, Any]
 
-VARIABLE = "RESPONSES_INGRESS_RECORDINGS"
-FOLDER = os.environ.get(VARIABLE)
-if FOLDER is None and os.environ.get("CI"):
-    pytest.fail(f"{VARIABLE} does not name the folder of recordings.", pytrace=False)
-if FOLDER is None:
-    pytest.skip(f"{VARIABLE} does not name the folder of recordings.", allow_module_level=True)
-
-RECORDINGS = {path.stem: orjson.loads(path.read_bytes()) for path in sorted(Path(FOLDER, "responses").glob("*.json"))}
+RECORDINGS = recordings("responses")
 STREAMS = [name for name, recording in RECORDINGS.items() if "stream" in recording]
 WHOLE = [name for name, recording in RECORDINGS.items() if (recording.get("body") or {}).get("object") == "response"]
 RUNNING = [name for name in WHOLE if RECORDINGS[name]["body"]["status"] in ("queued", "in_progress")]
@@ -91,7 +83,7 @@ def test_a_stream_comes_out_as_it_went_in(name: str) -> None:
     events = sent(name)
     reader = ResponsesReader()
     deltas = [delta for event in events for delta in reader.feed(event)]
-    deltas += reader.finish()
+    deltas += reader.end()
     assert reader.envelope is not None
     ours = came_out(deltas, dict(reader.envelope))
     check_stream(ours, interleaved=name in (ROUTER, BACKFILLED), backfilled=name == BACKFILLED)

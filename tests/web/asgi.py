@@ -21,6 +21,7 @@ from responses_ingress.web.models import Models
 from responses_ingress.web.replies import StreamOptions
 from responses_ingress.web.responses import RequestLimits, Responses
 from responses_ingress.web.routes import Health, Web, build
+from responses_ingress.web.upstreams import Upstreams, UpstreamStatus
 from tests.runs.stage import Json, Stage, staged
 from tests.wire import Answer
 
@@ -28,6 +29,8 @@ HASTY = StreamOptions(accept_wait=0)
 """Headers that wait for nothing."""
 PATIENT = StreamOptions(accept_wait=3600)
 """Headers that wait for the backend, however long it takes."""
+ADMIN = "ops"
+"""The tenant that may see how the upstreams fare; what there is to see is `Site.upstreams`."""
 
 
 class Visit:
@@ -100,6 +103,7 @@ class Site:
     app: ASGIApp
     stage: Stage
     state: Json
+    upstreams: list[UpstreamStatus]
     visits: list[Visit] = field(default_factory=list)
 
     def visit(
@@ -163,7 +167,9 @@ async def opened_site(
     async with staged(url, limits, seed=seed) as stage:
         keyring = keys or Keyring()
         responses = Responses(stage.runner, stage.database, keyring, requests or RequestLimits(), stream)
-        web = Web(responses, Models(stage.runner, keyring), Health(stage.database, stage.metrics))
+        models, health = Models(stage.runner, keyring), Health(stage.database, stage.metrics)
+        statuses: list[UpstreamStatus] = []
+        web = Web(responses, models, health, Upstreams(lambda: statuses, keyring, frozenset({ADMIN})))
 
         @asynccontextmanager
         async def open_web() -> AsyncIterator[Web]:
@@ -171,7 +177,7 @@ async def opened_site(
 
         app = build(open_web, stage.ids)
         async with _lifespan(app) as state:
-            site = Site(app, stage, state)
+            site = Site(app, stage, state, statuses)
             try:
                 yield site
             finally:
