@@ -18,7 +18,7 @@ from responses_ingress.backends.base import Backend, Route, find_route
 from responses_ingress.core.builder import Builder
 from responses_ingress.core.deltas import Finish, Status
 from responses_ingress.core.deltas import encode as encode_deltas
-from responses_ingress.core.envelope import Envelope, open_envelope, reduce, split_repeated
+from responses_ingress.core.envelope import Envelope, changed, open_envelope, reduce, split_repeated
 from responses_ingress.core.replay import fold
 from responses_ingress.core.request import Caller, Request, parse_request
 from responses_ingress.core.turn import Turn
@@ -225,14 +225,17 @@ def closed(row: StoredResponse, entries: Sequence[Entry], error: IngressError, n
     """How a response ends that its process did not end: folded, with the last row of its journal."""
     status: Status = "cancelled" if isinstance(error, Cancelled) else "failed"
     detail = None if status == "cancelled" else error.detail()
-    builder = fold(envelope_at_creation(row), (entry.payload for entry in entries), silent=True)
+    envelope = envelope_at_creation(row)
+    builder = fold(envelope, (entry.payload for entry in entries), silent=True)
     first = sum(entry.events for entry in entries)
     finish = Finish(status, error=detail, at=now)
     builder.feed(finish)
+    echo = changed(envelope, builder.response())
     return Ending(
         status=status,
         input=_items(row),
         output=[new_item(item) for item in builder.output],
+        echo=orjson.dumps(echo) if echo else None,
         error=orjson.dumps(detail) if detail is not None else None,
         journal=Entry(first, builder.number - first, encode_deltas([finish])),
         store=row.store,
