@@ -73,6 +73,7 @@ async def test_killed_at(
     assert time.monotonic() - restarted < RECOVERY
     assert whole.id is not None
     response = await get(server.url, whole.id)
+    assert response == whole.events[-1]["response"]
     check_shown(seen, response, died)
     # Asked again where nobody had seen any of it, by the server (background) or by the client.
     assert len(upstream.calls) <= 2 + (seen.items == [] and (background or seen.id is None))
