@@ -72,6 +72,7 @@ async def test_what_a_dead_process_left_behind_is_closed_as_failed_with_all_it_h
             events = found.replayed(left.id)
             check_stream(events)
             assert events[-1]["response"]["error"]["code"] == "server_restarted"
+            assert orjson.loads(row["echo"]) == {"service_tier": events[-1]["response"]["service_tier"]}
             with pytest.raises(PreviousNotCompleted):
                 await found.create(previous_response_id=left.id)
 
