@@ -34,7 +34,7 @@ from responses_ingress.errors import (
 )
 from responses_ingress.ids import Ids, named_thread, partition_of
 from responses_ingress.runs.resolve import Resolved, resolve, thread_of
-from responses_ingress.runs.run import Kit, Record, Run, Work, new_item
+from responses_ingress.runs.run import CANCEL_PATIENCE, Kit, Record, Run, Work, new_item
 from responses_ingress.store.database import Database
 from responses_ingress.store.queue import enqueue, nowhere, put_back
 from responses_ingress.store.responses import StoredResponse, envelope_at_creation, read_journal
@@ -165,9 +165,10 @@ class Maker:
             request, caller = _unpack(row)
             backend, _ = find_route(self.routes, request.model)
             try:
-                await backend.cancel(builder.memory, caller.bearer)
-            except IngressError as error:
-                logger.warning("the cancel of %s did not reach its upstream: %s", row.id, error.message)
+                async with asyncio.timeout(CANCEL_PATIENCE):
+                    await backend.cancel(builder.memory, caller.bearer)
+            except (IngressError, TimeoutError) as error:
+                logger.warning("the cancel of %s did not reach its upstream: %s", row.id, type(error).__name__)
         await self.close(row, Cancelled("The response was cancelled."))
 
     async def close(self, row: StoredResponse, error: IngressError) -> None:

@@ -54,7 +54,7 @@ from responses_ingress.store.values import Ending, Entry, Keep, NewItem, Owner, 
 logger = logging.getLogger(__name__)
 
 _STATUSES = {"context_length_exceeded": 400, "rate_limit_exceeded": 429}
-_CANCEL_PATIENCE = 5.0
+CANCEL_PATIENCE = 5.0
 """Seconds that an upstream is given to take a cancel."""
 
 _KEPT_FIRST = frozenset({"response.output_item.done"})
@@ -417,7 +417,7 @@ class Run:
         if self._work.cancel is None or memory is None:
             return
         try:
-            async with asyncio.timeout(_CANCEL_PATIENCE):
+            async with asyncio.timeout(CANCEL_PATIENCE):
                 await self._work.cancel(memory)
         except (IngressError, TimeoutError) as error:
             logger.warning("the cancel of %s did not reach its upstream: %s", self.id, type(error).__name__)
