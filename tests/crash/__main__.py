@@ -1,5 +1,5 @@
 """Kill servers at random moments under load, then look at what is left: `python -m tests.crash [--kills 200]
-[--database URL] [--servers 1] [--clients 6] [--seed 1]`.
+[--database URL] [--servers 1] [--clients 6] [--lease 2] [--seed 1]`.
 
 The database is a new SQLite file, or the one at URL, which must be empty. Half of the kills come from outside
 at any moment, half at a named point of a run's life. The exit code is 1 where anything was lost, stuck, kept or
@@ -24,7 +24,6 @@ from tests.crash.load import PATIENCE, Conversation, Model, Report
 from tests.crash.server import MortalServer
 from tests.upstream import Upstream
 
-LEASE = 1.0
 POINTS = (
     "begin.before",
     "begin.after",
@@ -101,7 +100,7 @@ async def run(options: argparse.Namespace, folder: Path) -> int:
             backend="chat",
             upstream=upstream.url,
             database_url=database,
-            lease=LEASE,
+            lease=options.lease,
             flush_interval=FLUSH,
             disconnect_grace=0.2,
         )
@@ -112,11 +111,11 @@ async def run(options: argparse.Namespace, folder: Path) -> int:
         storm, began = Storm(options, servers, model), time.monotonic()
         async with asyncio.timeout(PATIENCE + _PER_KILL * options.kills):
             await storm.rage()
-            await asyncio.sleep(LEASE + 2)
+            await asyncio.sleep(options.lease + 2)
         report = storm.report
         report.wrong += [f"{id}: it has not ended" for id in unfinished(settings.async_database_url)]
         findings: list[Finding] = []
-        seen = await verify(settings.async_database_url, LEASE, findings.append)
+        seen = await verify(settings.async_database_url, options.lease, findings.append)
     report.wrong += map(str, findings)
     print(f"{storm.kills} kills in {time.monotonic() - began:.0f} s, seed {options.seed}")
     print(f"turns: {', '.join(f'{count} {name}' for name, count in sorted(report.counts.items()))}")
@@ -136,6 +135,7 @@ def main() -> None:
     parser.add_argument("--database", metavar="URL", help="an empty database; by default a new SQLite file")
     parser.add_argument("--servers", type=int, default=1)
     parser.add_argument("--clients", type=int, default=6)
+    parser.add_argument("--lease", type=float, default=2.0, help="seconds; a busy machine needs some to renew it")
     parser.add_argument("--seed", type=int, default=1)
     with tempfile.TemporaryDirectory(prefix="crash-") as folder:
         sys.exit(asyncio.run(run(parser.parse_args(), Path(folder))))
