@@ -55,9 +55,15 @@ class Seen:
         self.times += [time.monotonic()] * len(new)
 
 
-async def post(url: str, fields: Json, headers: Mapping[str, str] | None = None, most: int | None = None) -> Seen:
-    """Create a response and follow its stream; leave when `most` events have come."""
-    seen = Seen()
+async def post(
+    url: str,
+    fields: Json,
+    headers: Mapping[str, str] | None = None,
+    most: int | None = None,
+    seen: Seen | None = None,
+) -> Seen:
+    """Create a response and follow its stream; leave when `most` events have come. `seen` is what is noted in."""
+    seen = Seen() if seen is None else seen
     try:
         async with Wire(url) as wire:
             await wire.start("POST", "/v1/responses", orjson.dumps({**fields, "stream": True}), headers)
