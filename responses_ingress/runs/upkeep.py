@@ -59,6 +59,7 @@ class Upkeep:
         self._stopping = asyncio.Event()
         self._tasks = [
             asyncio.create_task(self._keep_up(), name="runs-upkeep"),
+            asyncio.create_task(self._keep_leases(), name="runs-leases"),
             asyncio.create_task(self._keep_tidy(), name="runs-retention"),
         ]
 
@@ -76,6 +77,19 @@ class Upkeep:
                 await self._chores()
                 await self._pause(ear)
             await stopped
+
+    async def _keep_leases(self) -> None:
+        """Renew leases whatever else is under way: seeing to what was left behind can take longer than a lease."""
+        while not self._stopping.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._lease / 6):
+                    await self._stopping.wait()
+            try:
+                await self._renew()
+            except StoreUnavailable as error:
+                logger.warning("leases cannot be renewed: %s", error.message)
+            except Exception:  # the next time is soon
+                logger.exception("leases cannot be renewed")
 
     async def _pause(self, ear: Ear) -> None:
         if not self._stopping.is_set():

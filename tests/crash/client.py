@@ -55,13 +55,19 @@ class Seen:
         self.times += [time.monotonic()] * len(new)
 
 
-async def post(url: str, fields: Json, headers: Mapping[str, str] | None = None) -> Seen:
-    """Create a response and follow its stream."""
-    seen = Seen()
+async def post(
+    url: str,
+    fields: Json,
+    headers: Mapping[str, str] | None = None,
+    most: int | None = None,
+    seen: Seen | None = None,
+) -> Seen:
+    """Create a response and follow its stream; leave when `most` events have come. `seen` is what is noted in."""
+    seen = Seen() if seen is None else seen
     try:
         async with Wire(url) as wire:
             await wire.start("POST", "/v1/responses", orjson.dumps({**fields, "stream": True}), headers)
-            await _follow(wire, seen)
+            await _follow(wire, seen, most)
     except ConnectionError:
         seen.lost = True
     return seen
@@ -88,7 +94,7 @@ async def resume(url: str, response_id: str, after: int = -1) -> Seen:
     return seen
 
 
-async def _follow(wire: Wire, seen: Seen) -> None:
+async def _follow(wire: Wire, seen: Seen, most: int | None = None) -> None:
     await wire.read_headers()
     seen.status = wire.status
     if seen.status != 200:
@@ -96,3 +102,5 @@ async def _follow(wire: Wire, seen: Seen) -> None:
         return
     async for body in wire.pieces():
         seen.take(body)
+        if most is not None and len(seen.events) >= most:
+            return

@@ -15,7 +15,7 @@ LEASE, FLUSH = 1.0, 0.05
 SLACK = 0.25
 """Seconds that a commit may take on a busy machine, beyond the flush interval."""
 
-RECOVERY = LEASE + 2
+RECOVERY = LEASE + 3
 """Seconds until what was left behind has ended; the lease, and some for a busy machine."""
 
 FIELDS = {"model": "test-model", "input": "What is there?", "instructions": "Be brief."}

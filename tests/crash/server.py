@@ -17,13 +17,15 @@ _START_TIMEOUT, _DEATH_TIMEOUT = 20.0, 15.0
 
 
 class MortalServer:
-    """One server process after another; an async context manager. `folder` is for its log and its trap."""
+    """One server process after another; an async context manager. `folder` is for its log and its trap; the log is
+    printed in the end, unless it is to be `quiet`."""
 
-    def __init__(self, settings: Settings, folder: Path) -> None:
+    def __init__(self, settings: Settings, folder: Path, *, quiet: bool = False) -> None:
+        self._quiet = quiet
         self.settings = settings.model_copy(update={"port": free_port()})
         self._environment = {**settings.to_environment(), "RESPONSES_INGRESS_PORT": str(self.settings.port)}
         self._trap = folder / f"trap-{self.settings.port}"
-        self._log = folder / f"log-{self.settings.port}"
+        self._log_file = folder / f"log-{self.settings.port}"
         self._process = self._new()
 
     @property
@@ -35,6 +37,10 @@ class MortalServer:
         """The URL of its database, with the driver."""
         return self.settings.async_database_url
 
+    @property
+    def log(self) -> str:
+        return self._log_file.read_text(encoding="utf-8")
+
     async def __aenter__(self) -> Self:
         await self.start()
         return self
@@ -43,7 +49,8 @@ class MortalServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.kill()
-        print(self._log.read_text(encoding="utf-8"))  # pytest shows it with a failure
+        if not self._quiet:
+            print(self.log)  # pytest shows it with a failure
 
     async def start(self) -> None:
         """Start it, disarmed, and wait until it is ready."""
@@ -52,7 +59,7 @@ class MortalServer:
         self._process.start()
         async with asyncio.timeout(_START_TIMEOUT):
             while not await self._is_ready():
-                assert self._process.is_alive(), self._log.read_text(encoding="utf-8")
+                assert self._process.is_alive(), self.log
                 await asyncio.sleep(_POLL)
 
     def arm(self, point: str, count: int = 1) -> None:
@@ -75,7 +82,7 @@ class MortalServer:
             await self.died()
 
     def _new(self) -> BaseProcess:
-        return Forks.Process(target=serve, args=(self._environment, self._trap, self._log), daemon=True)
+        return Forks.Process(target=serve, args=(self._environment, self._trap, self._log_file), daemon=True)
 
     async def _is_ready(self) -> bool:
         try:

@@ -2,16 +2,19 @@
 a client was shown is lost, nothing stays stuck, and nothing is asked or kept twice.
 """
 
+import asyncio
 import time
 
 import orjson
 import pytest
 
-from tests.crash.client import Json, get, post, resume
+from tests.crash.client import Json, Seen, get, post, resume
 from tests.crash.contract import (
     FIELDS,
+    FLUSH,
     RECOVERY,
     SESSION,
+    SLACK,
     check_database,
     check_history,
     check_next_turn,
@@ -21,8 +24,9 @@ from tests.crash.contract import (
 )
 from tests.crash.server import MortalServer
 from tests.invariants import check_stream
+from tests.runs.stage import until
 from tests.stranger import stranger
-from tests.upstream import Upstream
+from tests.upstream import Stream, Upstream, chunk
 from tests.wire import Wire, parse_events
 
 POINTS = [
@@ -73,12 +77,37 @@ async def test_killed_at(
     assert time.monotonic() - restarted < RECOVERY
     assert whole.id is not None
     response = await get(server.url, whole.id)
+    assert response == whole.events[-1]["response"]
     check_shown(seen, response, died)
     # Asked again where nobody had seen any of it, by the server (background) or by the client.
     assert len(upstream.calls) <= 2 + (seen.items == [] and (background or seen.id is None))
     previous = None if session else whole.id if response["status"] == "completed" else first.id
     await check_next_turn(server.url, headers, previous)
     check_history(upstream, [first.events[-1]["response"], response])
+    await check_database(server.database)
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
+async def test_killed_while_text_streams(server: MortalServer, upstream: Upstream, background: bool) -> None:
+    """Of text that came evenly for a while, all is kept but the last moments."""
+    words = [chunk({"content": f"word{number} "}) for number in range(100)]
+    upstream.script(Stream(words, close="silent", pace=0.01))
+    asked = {**FIELDS, "background": background}
+    seen = Seen()
+    following = asyncio.create_task(post(server.url, asked, SESSION, seen=seen))
+    await until(lambda: "word70 " in seen.text())
+    await server.kill()
+    died = time.monotonic()
+    await following
+    assert "word10 " in seen.text(died - FLUSH - SLACK)
+
+    await server.start()
+    assert seen.id is not None
+    whole = await pick_up(server.url, seen, asked, SESSION)
+    assert whole.events[-1]["type"] == "response.failed"
+    check_shown(seen, await get(server.url, seen.id), died)
+    await check_next_turn(server.url, SESSION, None)
+    assert len(upstream.calls) == 2
     await check_database(server.database)
 
 

@@ -12,9 +12,20 @@ from responses_ingress.errors import InvalidRequest, PreviousNotFound, QueueFull
 from responses_ingress.runs.run import Run
 from responses_ingress.runs.runner import Limits
 from responses_ingress.runs.tail import Tail
-from responses_ingress.testing import ended, opened, spoken
+from responses_ingress.testing import ScriptedBackend, ended, opened, spoken
 from tests.invariants import check_stream
-from tests.runs.stage import SESSION, Stage, events_of, output_text, parsed, staged, until
+from tests.runs.stage import (
+    SESSION,
+    Stage,
+    events_of,
+    locked,
+    loop_turns,
+    output_text,
+    parsed,
+    staged,
+    types,
+    until,
+)
 
 CROWDED = Limits(max_background=1, max_queued=1)
 
@@ -58,6 +69,25 @@ async def test_a_background_run_goes_on_when_nobody_follows(migrated_database: s
         hold.set()
         await run.ended
         assert output_text(run.response()) == "whole"
+
+
+@pytest.mark.parametrize("resumable", [True, False])
+async def test_what_may_be_begun_anew_is_kept_before_its_first_item_is_shown(
+    migrated_database: str, resumable: bool
+) -> None:
+    """Else another process would make the response a second time, when somebody has seen some of the first."""
+    backend = ScriptedBackend(resumable=resumable)
+    async with staged(migrated_database, Limits(flush_interval=3600), backend=backend) as stage:
+        hold = asyncio.Event()
+        run = await stage.play(hold, opened(), asyncio.Event(), background=not resumable)
+        await until(lambda: types(run))
+        async with locked(migrated_database):
+            hold.set()
+            await until(lambda: run.response()["output"])
+            await loop_turns()
+            assert "response.output_item.added" not in types(run)
+        await until(lambda: "response.output_item.added" in types(run))
+        assert stage.replayed(run.id)[-1]["type"] == "response.content_part.added"
 
 
 async def test_more_than_a_process_runs_at_a_time_wait_and_run_in_their_order(migrated_database: str) -> None:

@@ -87,6 +87,17 @@ async def test_a_follower_of_an_ended_feed_reads_it_to_its_end(feed: Feed) -> No
         assert numbers(await follower.next(64)) == []
 
 
+async def test_who_began_behind_the_end_is_given_the_event_that_ended_it(feed: Feed) -> None:
+    """A crash took away what it had seen; the end has the number of an event that it saw, or a lower one."""
+    with feed.follow(3) as at_end, feed.follow(2) as before:
+        feed.publish([event(0), event(1), event(2)])
+        assert at_end.lost is None  # it may go on
+        feed.end()
+        assert at_end.lost == event(2)
+        assert numbers(await before.next(9)) == [2]
+        assert before.lost is None
+
+
 async def test_the_end_wakes_who_waits_for_an_event(feed: Feed) -> None:
     with feed.follow() as follower:
         reading = asyncio.create_task(follower.next(64))

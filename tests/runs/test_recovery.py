@@ -3,21 +3,22 @@
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
 
-from responses_ingress.core.deltas import Accepted, Close, Text
+from responses_ingress.core.deltas import Accepted, Close, Remember, Text
 from responses_ingress.core.request import Caller
 from responses_ingress.errors import (
     Busy,
     PreviousNotCompleted,
 )
 from responses_ingress.runs.runner import Limits
-from responses_ingress.testing import ManualClock, ended, opened, spoken
+from responses_ingress.testing import ManualClock, ScriptedBackend, ended, opened, spoken
 from tests.invariants import check_stream
 from tests.runs.stage import (
     SESSION,
@@ -72,6 +73,7 @@ async def test_what_a_dead_process_left_behind_is_closed_as_failed_with_all_it_h
             events = found.replayed(left.id)
             check_stream(events)
             assert events[-1]["response"]["error"]["code"] == "server_restarted"
+            assert orjson.loads(row["echo"]) == {"service_tier": events[-1]["response"]["service_tier"]}
             with pytest.raises(PreviousNotCompleted):
                 await found.create(previous_response_id=left.id)
 
@@ -191,6 +193,29 @@ async def test_the_leases_of_what_runs_are_renewed(migrated_database: str) -> No
         assert (stage.row(run.id)["epoch"], run.status) == (1, "in_progress")
         hold.set()
         await run.ended
+
+
+class Deaf(ScriptedBackend):
+    """Its upstream takes a cancel, and does not answer."""
+
+    async def cancel(self, state: Mapping[str, Any], bearer: str | None) -> None:
+        await super().cancel(state, bearer)
+        await asyncio.Event().wait()
+
+
+async def test_leases_are_renewed_while_seeing_to_what_was_left_behind_takes_long(migrated_database: str) -> None:
+    resumable = ScriptedBackend(resumable=True)
+    async with staged(migrated_database, Limits(flush_interval=0, lease=LEASE), backend=resumable) as dead:
+        left = await dead.play([Remember({"id": "theirs"})], opened(), asyncio.Event(), background=True)
+        await until(lambda: dead.journal(left.id))
+        dead.stranger.execute("UPDATE responses SET asked = 'cancel' WHERE id = ?", left.id)
+        later, deaf = ManualClock(dead.clock() + LEASE + 1), Deaf(resumable=True)
+        async with staged(migrated_database, Limits(lease=0.3), clock=later, seed=2, backend=deaf) as found:
+            await until(lambda: deaf.cancelled)
+            run = await found.play(opened(), asyncio.Event())
+            await until(lambda: types(run))
+            later.advance(1000)
+            await until(lambda: found.row(run.id)["lease_until"] == later() + 0.3)
 
 
 # The end of a process.
