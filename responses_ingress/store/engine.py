@@ -15,36 +15,57 @@ from sqlalchemy.pool import NullPool
 _BUSY_TIMEOUT_MS = 10_000
 _READERS = 4
 
+PATIENCE = 15.0
+"""Seconds that a worker waits for PostgreSQL's answer, and it for what a transaction does next. A connection that is
+lost in silence, as when a host or a network is gone, would else be waited for as long as TCP tries, a quarter of an
+hour and more; and the locks of a worker that is gone would stay."""
+
+_CONNECT = 10.0
+
 
 def is_sqlite(url: str) -> bool:
     return url.startswith("sqlite")
 
 
-def write_engine(url: str, synchronous: str = "normal") -> AsyncEngine:
-    """The one connection of the writer."""
-    engine = create_async_engine(url, pool_size=1, max_overflow=1, hide_parameters=True, **_options(url))
+def write_engine(url: str, synchronous: str = "normal", patience: float | None = None) -> AsyncEngine:
+    """The one connection of the writer. patience: seconds that PostgreSQL has for a statement."""
+    engine = create_async_engine(url, pool_size=1, max_overflow=1, hide_parameters=True, **_options(url, patience))
     if is_sqlite(url):
         _on_connect(engine, synchronous)
         event.listen(engine.sync_engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
     return engine
 
 
-def read_engine(url: str, synchronous: str = "normal") -> AsyncEngine:
+def read_engine(url: str, synchronous: str = "normal", patience: float | None = None) -> AsyncEngine:
     """Connections for reading, outside any transaction."""
-    options = {**_options(url), "hide_parameters": True, "isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None}
+    options = {
+        **_options(url, patience),
+        "hide_parameters": True,
+        "isolation_level": "AUTOCOMMIT",
+        "pool_reset_on_return": None,
+    }
     engine = create_async_engine(url, pool_size=_READERS, max_overflow=_READERS, **options)
     if is_sqlite(url):
         _on_connect(engine, synchronous)
     return engine
 
 
-def listen_engine(url: str) -> AsyncEngine:
+def listen_engine(url: str, patience: float | None = None) -> AsyncEngine:
     """PostgreSQL: the one connection that listens. It stays open for as long as the process."""
-    return create_async_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT", hide_parameters=True)
+    options = {"poolclass": NullPool, "isolation_level": "AUTOCOMMIT", "hide_parameters": True}
+    return create_async_engine(url, **options, connect_args=_arguments(patience))
 
 
-def _options(url: str) -> dict[str, Any]:
-    return {} if is_sqlite(url) else {"pool_pre_ping": True}
+def _options(url: str, patience: float | None) -> dict[str, Any]:
+    return {} if is_sqlite(url) else {"pool_pre_ping": True, "connect_args": _arguments(patience)}
+
+
+def _arguments(patience: float | None) -> dict[str, Any]:
+    """What asyncpg is given. Without `patience` there is no limit, as migrations need."""
+    if patience is None:
+        return {"timeout": _CONNECT}
+    settings = {"idle_in_transaction_session_timeout": str(round(patience * 1000))}
+    return {"timeout": min(_CONNECT, patience), "command_timeout": patience, "server_settings": settings}
 
 
 def _on_connect(engine: AsyncEngine, synchronous: str) -> None:
