@@ -6,11 +6,12 @@ that a flag can say can be said in the file and the environment too.
 """
 
 import asyncio
+import itertools
 import math
 import os
 import re
 import sys
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from responses_ingress.backends.base import Backend
 from responses_ingress.errors import IngressError, SettingsError
 from responses_ingress.settings import PREFIX, Settings, Upstream, load
 from responses_ingress.store import migrate as migrations
+from responses_ingress.store import verify as verification
+from responses_ingress.store.verify import Finding
 
 _PATIENCE = 10.0
 _KEEP_ALIVE = 75
@@ -75,8 +78,9 @@ def serve(config: Path | None, **flags: Any) -> None:
         sys.exit(serving.run(uvicorn.Config(create_app(settings), **_server_options(settings))))
     for name in [name for name in os.environ if name.startswith(PREFIX)]:
         del os.environ[name]
+    os.environ.update(settings.to_environment())
     listener = uvicorn.Config(create_app, **_server_options(settings)).bind_socket()
-    sys.exit(serving.run_workers(settings.workers, listener, worker_config, settings.to_environment()))
+    sys.exit(serving.run_workers(settings.workers, listener, worker_config))
 
 
 def worker_config() -> uvicorn.Config:
@@ -138,6 +142,34 @@ def migrate(config: Path | None, revision: str, **flags: Any) -> None:
     settings = load(config, flags)
     asyncio.run(migrations.migrate(settings.async_database_url, revision))
     click.echo(f"The database {migrations.shown(settings.database_url)} is at {revision}.")
+
+
+@main.command()
+@_config
+@_database
+def verify(config: Path | None, **flags: Any) -> None:
+    """Look for damage in the database, which may be in use: a line for each finding. Changes nothing."""
+    settings = load(config, flags)
+    found, seen = asyncio.run(_verify(settings))
+    looked_at = ", ".join(f"{count} {table}" for table, count in seen.items())
+    click.echo(f"{found or 'no'} finding{'' if found == 1 else 's'} in {looked_at}")
+    if found:
+        sys.exit(1)
+
+
+async def _verify(settings: Settings) -> tuple[int, Mapping[str, int]]:
+    """How much is wrong, and how many rows of each table were looked at."""
+    url, found = settings.async_database_url, itertools.count()
+    if missing := migrations.missing_file(url):
+        raise SettingsError(f"The file {missing} does not exist.")
+    await migrations.ensure(url, auto=False)
+
+    def tell(finding: Finding) -> None:
+        next(found)
+        click.echo(finding)
+
+    seen = await verification.verify(url, settings.lease, tell)
+    return next(found), seen
 
 
 @main.command()

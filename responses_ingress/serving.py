@@ -16,12 +16,11 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from multiprocessing.process import BaseProcess, parent_process
 from types import FrameType
-from typing import Any
 
 import uvicorn
 
@@ -78,12 +77,10 @@ def run(config: uvicorn.Config) -> int:
     return 0 if server.started else CANNOT_START
 
 
-def run_workers(
-    count: int, listener: socket.socket, make_config: Callable[[], uvicorn.Config], environment: Mapping[str, str]
-) -> int:
+def run_workers(count: int, listener: socket.socket, make_config: Callable[[], uvicorn.Config]) -> int:
     """Serve in `count` processes until this one is told to stop; the exit code. `make_config` must be a function
-    that can be imported; it is called in each worker, which sees `environment` too."""
-    fleet = _Fleet(listener, make_config, environment)
+    that can be imported; it is called in each worker, in this process's environment."""
+    fleet = _Fleet(listener, make_config)
     for number in _SIGNALS:
         signal.signal(number, fleet.stop)
     fleet.start(count)
@@ -93,9 +90,9 @@ def run_workers(
 class _Fleet:
     """The workers of one server."""
 
-    def __init__(self, listener: socket.socket, make_config: Any, environment: Mapping[str, str]) -> None:
+    def __init__(self, listener: socket.socket, make_config: Callable[[], uvicorn.Config]) -> None:
         self._listener = listener
-        self._given = (listener, make_config, dict(environment))
+        self._given = (listener, make_config)
         self._workers: list[SpawnProcess] = []
         self._stopping = False
         self._code = 0
@@ -138,9 +135,8 @@ class _Fleet:
         return self._code
 
 
-def _work(listener: socket.socket, make_config: Callable[[], uvicorn.Config], environment: Mapping[str, str]) -> None:
+def _work(listener: socket.socket, make_config: Callable[[], uvicorn.Config]) -> None:
     """A worker's whole life."""
-    os.environ.update(environment)
     server = _Worker(make_config())
     parent = parent_process()
     assert parent is not None, "a worker has one"

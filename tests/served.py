@@ -55,4 +55,4 @@ def main() -> None:
     workers = int(sys.argv[2])
     if workers == 1:
         sys.exit(serving.run(make_config()))
-    sys.exit(serving.run_workers(workers, make_config().bind_socket(), make_config, {}))
+    sys.exit(serving.run_workers(workers, make_config().bind_socket(), make_config))

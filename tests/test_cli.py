@@ -3,6 +3,7 @@ import os
 import socket
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 
@@ -115,6 +116,37 @@ def test_check_says_what_is_wrong(tmp_path: Path, settings: str, says: str) -> N
     assert result.exit_code == 1
     assert says in result.output
     assert "secret" not in result.output
+
+
+def test_verify_has_nothing_to_say_of_a_sound_database(tmp_path: Path) -> None:
+    run("migrate")
+    result = run("verify")
+    told = "no findings in 0 threads, 0 branches, 0 items, 0 responses, 0 preambles, 0 journal\n"
+    assert (result.exit_code, result.output) == (0, told)
+
+
+def test_verify_tells_each_finding_in_a_line(tmp_path: Path) -> None:
+    run("migrate")
+    with closing(sqlite3.connect(tmp_path / "responses_ingress.db", isolation_level=None)) as connection:
+        connection.execute("INSERT INTO branches VALUES ('b', '', 't', 'gone', 3, 3)")
+    result = run("verify")
+    assert result.exit_code == 1
+    assert result.stdout.splitlines() == [
+        "branches b: its parent is missing",
+        "branches b: nothing needs it",
+        "2 findings in 0 threads, 1 branches, 0 items, 0 responses, 0 preambles, 0 journal",
+    ]
+
+
+def test_verify_makes_and_changes_nothing(tmp_path: Path) -> None:
+    result = run("verify")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"Error: The file {tmp_path}/responses_ingress.db does not exist.\n"
+    assert list(tmp_path.iterdir()) == []
+    sqlite3.connect(tmp_path / "responses_ingress.db").execute("CREATE TABLE t (x)")
+    result = run("verify")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "is not migrated" in result.stderr
 
 
 def test_check_does_not_wait_for_ever(deaf_port: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ ROOMS = {
     "settings": set(),
     "errors": set(),
     "ids": set(),
+    "serving": set(),
 }
 EVERYTHING = {"app", "cli"}
 PURE = {"core", "dialects"}

@@ -3,7 +3,7 @@
 import asyncio
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -129,11 +129,24 @@ class Wire:
             await self._read()
         return self._parser.headers
 
+    @property
+    def status(self) -> int:
+        """The answer's status, when its headers are there."""
+        return int(self._parser.parser.get_status_code())
+
     async def read_until(self, text: bytes) -> bytes:
         """Read on until the answer's body holds `text`; gives the body so far."""
         while text not in self._parser.body:
             await self._read()
         return self._parser.body
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The answer's body so far, each time that more of it has come, until it is whole. Raises
+        `ConnectionError` where the connection ends before."""
+        yield self._parser.body
+        while not self._parser.over:
+            await self._read()
+            yield self._parser.body
 
     async def closed(self) -> None:
         """Wait until the server closes the connection."""

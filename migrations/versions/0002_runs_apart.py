@@ -3,6 +3,9 @@
 Revision ID: 0002
 """
 
+import json
+import time
+
 import sqlalchemy as sa
 from alembic import op
 
@@ -24,6 +27,7 @@ _COLUMNS = (
 )
 _INDEXES = (
     ("ix_responses_base", ["base"], "status IN ('queued', 'in_progress')"),
+    ("ix_responses_thread_id", ["thread_id"], "status IN ('queued', 'in_progress')"),
     ("ix_responses_branch_id", ["branch_id", "stop"], "branch_id IS NOT NULL"),
     ("ix_responses_retry_key", ["retry_key"], "retry_key IS NOT NULL"),
     ("ix_responses_journal_until", ["journal_until"], "journal_until IS NOT NULL"),
@@ -35,8 +39,9 @@ _MONTH = 30 * 24 * 3600
 def upgrade() -> None:
     for name, type in _COLUMNS:
         op.add_column("responses", sa.Column(name, type()))
-    # What is there already is kept as long as what comes now: 30 days by default, from its creation.
-    op.execute(f"UPDATE responses SET expires_at = created_at + {_MONTH} WHERE status NOT IN ('queued', 'in_progress')")
+    # What is there already was kept for ever. Nobody is to lose it at once: it counts as used today.
+    until = int(time.time()) + _MONTH
+    op.execute(f"UPDATE responses SET expires_at = {until} WHERE status NOT IN ('queued', 'in_progress')")
     for name, columns, where in _INDEXES:
         op.create_index(name, "responses", columns, sqlite_where=sa.text(where), postgresql_where=sa.text(where))
     op.create_index("ix_branches_thread_id", "branches", ["thread_id"])
@@ -48,9 +53,19 @@ def downgrade() -> None:
     op.drop_index("ix_branches_thread_id", "branches")
     for name, _, _ in _INDEXES:
         op.drop_index(name, "responses")
-    # Before this revision no response waited for a process, and an envelope held what its end had changed.
+    # Before this revision no response waited for a process, a journal and what is not stored went with the end,
+    # and an envelope held what that had changed.
+    _merge_echoes()
     op.execute("DELETE FROM journal WHERE response_id IN (SELECT id FROM responses WHERE journal_until IS NOT NULL)")
     op.execute("DELETE FROM responses WHERE base IS NULL AND status = 'queued'")
     op.execute("DELETE FROM responses WHERE NOT store AND status NOT IN ('queued', 'in_progress')")
     for name, _ in _COLUMNS:
         op.drop_column("responses", name)
+
+
+def _merge_echoes() -> None:
+    responses = sa.table("responses", *(sa.column(name) for name in ("id", "envelope", "echo")))
+    changed = sa.select(responses).where(responses.c.echo.is_not(None))
+    for id, envelope, echo in op.get_bind().execute(changed).all():
+        merged = json.dumps({**json.loads(envelope), **json.loads(echo)}).encode()
+        op.execute(responses.update().where(responses.c.id == id).values(envelope=merged))

@@ -55,7 +55,7 @@ class Follower:
 
     def __init__(self, feed: Feed, first: int) -> None:
         self._feed = feed
-        self._position = first
+        self._first = self._position = first
         self._waiting: asyncio.Future[None] | None = None
         self.left = False
 
@@ -79,9 +79,10 @@ class Follower:
 
     @property
     def lost(self) -> Event | None:
-        """The event that ended the feed, where it ended below the number this follower began at."""
+        """The event that ended the feed, where it ended below the number this follower began at: it has seen
+        others with the last numbers, which are no more."""
         events = self._feed.events
-        return events[-1] if self._feed.ended and events and self._position > len(events) else None
+        return events[-1] if self._feed.ended and events and self._first >= len(events) else None
 
     def wake(self) -> None:
         """Let `next` return, with nothing if there is nothing."""

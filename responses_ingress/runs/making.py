@@ -116,7 +116,7 @@ class Maker:
         deltas = backend.stream(turn)
         lineage = orjson.dumps(caller.lineage) if caller.lineage else None
         input = _array(resolved.stored)
-        begun = self.database.submit(begin_claimed(row.id, row.created_at, lineage, resolved.placement, owner, input))
+        begun = self.database.submit(begin_claimed(row, lineage, resolved.placement, owner, input, self.kit.keep))
         await begun
         record = Record(
             self.database, resolved.placement, owner, row.store, resolved.stored, resolved.is_turn, begun, lingers=True

@@ -57,6 +57,13 @@ _STATUSES = {"context_length_exceeded": 400, "rate_limit_exceeded": 429}
 _CANCEL_PATIENCE = 5.0
 """Seconds that an upstream is given to take a cancel."""
 
+_KEPT_FIRST = frozenset({"response.output_item.done"})
+"""What nobody is told before it is in the journal (law 2)."""
+
+_SHOWN_FIRST = frozenset({"response.output_item.added"})
+"""And that neither, where another process may make the response anew as long as the journal has no output: it must
+not do so when somebody has seen some."""
+
 Deltas = AsyncGenerator[Sequence[Delta], None]
 
 
@@ -140,6 +147,7 @@ class Run:
         self._written = sum(entry.events for entry in work.journal)  # number of the first event not journaled
         self._flush: asyncio.TimerHandle | None = None
         self._memory: bytes | None = None
+        self._kept_first = _KEPT_FIRST | (_SHOWN_FIRST if self.background or work.resumable else set())
         self._must_write = False  # something waits for the journal before the backend may go on
         self._stop: IngressError | None = None  # why it ends early; nothing stops it twice
         self._started = False
@@ -260,7 +268,7 @@ class Run:
     async def _keep(self, record: Record) -> None:
         """Law 2: text leaves at once and is written soon; anything else waits until it is written."""
         must_wait = self._behind or self._must_write or self._kit.flush_interval == 0
-        if must_wait or any(event.type == "response.output_item.done" for event in self._held):
+        if must_wait or any(event.type in self._kept_first for event in self._held):
             if self._unwritten:
                 self._kit.at("journal.before")
                 await self._write(record)
@@ -327,6 +335,7 @@ class Run:
         if self._writing is not None and not self._writing.done():
             self._behind = True
         elif self._unwritten:
+            self._kit.at("journal.before")
             self._writing = self._write(record)
             self._writing.add_done_callback(self._on_written)
 
@@ -336,7 +345,10 @@ class Run:
         if isinstance(error, IngressError):
             self._unkept = True
             self.cancel(error)
-        elif self._behind and self._record is not None and not self._builder.ended:
+            return
+        if error is None:
+            self._kit.at("journal.after")
+        if self._behind and self._record is not None and not self._builder.ended:
             self._behind = False
             self._write_aside(self._record)
 

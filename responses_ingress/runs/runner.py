@@ -115,7 +115,8 @@ class Runner:
         """How many more background responses this process can run."""
         if self.closing:
             return 0
-        return self._limits.max_background - sum(run.background for run in self._runs.values())
+        background = sum(run.background for run in self._runs.values())
+        return min(self._limits.max_background - background, self._limits.max_runs - len(self._runs))
 
     async def models(self) -> list[str]:
         """The model names a client can ask for: those routed by their full name, and what the backends
@@ -135,7 +136,8 @@ class Runner:
 
         gone: returns when the client has left; a request that waits for its turn is dropped then.
         """
-        if self.closing or len(self._runs) + self._waiting >= self._limits.max_runs:
+        is_full = len(self._runs) + self._waiting >= self._limits.max_runs and not request.background
+        if self.closing or is_full:
             raise Busy("The server is at its limit of running responses. Try again soon.", retry_after=1)
         if caller.retry is not None and caller.retry.attaches and caller.retry.name in self._repeatable:
             return self._repeatable[caller.retry.name]

@@ -8,14 +8,14 @@ told by its output. It writes nothing but that somebody follows.
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from responses_ingress.core.builder import Builder, Event
 from responses_ingress.core.deltas import Delta, decode
 from responses_ingress.core.envelope import Envelope
 from responses_ingress.core.replay import deltas_of_response, ending
-from responses_ingress.errors import IllegalDelta, IngressError, StoreUnavailable
+from responses_ingress.errors import HandedOver, IllegalDelta, IngressError, NotFound, StoreUnavailable
 from responses_ingress.runs.feed import Feed, Follower
 from responses_ingress.runs.run import Run, told_failure
 from responses_ingress.store.database import Database
@@ -35,6 +35,7 @@ POLL = 1.0
 """Seconds between two looks at what nobody rang for."""
 
 _MOST_EVENTS = 256
+_PORTION = 256  # deltas, a millisecond's worth
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,10 @@ class Tail:
 
     def close(self) -> None:
         """Follow no further, and end its followers' feed."""
+        if self._final is None:
+            self.error = HandedOver(
+                "The server is shutting down; another one goes on with this response.", retry_after=1
+            )
         if self._task is not None:
             self._task.cancel()
         self._end()
@@ -134,39 +139,44 @@ class Tail:
         async with self._view.database.reading() as connection:
             found = await load(connection, [self.id])
             if not found:
-                return True  # deleted
+                self.error = NotFound(f"Response with id '{self.id}' not found.")  # deleted meanwhile
+                return True
             row, before = found[0], self.row
             if row.epoch != before.epoch:
                 self._builder, self._next = _builder(row), 0
             self.row = row
             entries = await read_journal(connection, self.id, self._next)
             output = [] if row.running or row.status == "cancelled" else await read_output(connection, row)
-        for entry in entries:
-            self._feed(decode(entry.payload))
-            self._next = entry.first + entry.events
-        self._publish()
+        await self._feed(delta for entry in entries for delta in decode(entry.payload))
+        if entries:
+            self._next = entries[-1].first + entries[-1].events
         if row.running:
             await self._sign()
             return False
         self._final = {**envelope_of(row), "output": output}
         if not self._builder.ended:
-            self._tell(self._final)
+            await self._tell(self._final)
         return True
 
-    def _tell(self, response: Envelope) -> None:
+    async def _tell(self, response: Envelope) -> None:
         """Tell the end of a response that has no journal, or not all of one."""
         try:
             if self._next == 0:
-                self._feed(deltas_of_response(response))
+                await self._feed(deltas_of_response(response))
             else:
-                self._feed([replace(ending(response), items=dict(enumerate(response["output"])) or None)])
+                await self._feed([replace(ending(response), items=dict(enumerate(response["output"])) or None)])
         except IllegalDelta:
             logger.error("the journal of %s and its output tell different things", self.id)
-        self._publish()
+            self._publish()
 
-    def _feed(self, deltas: Sequence[Delta]) -> None:
-        for delta in deltas:
+    async def _feed(self, deltas: Iterable[Delta]) -> None:
+        """Publish what the deltas make, in portions: a long journal must not hold up everybody else."""
+        for number, delta in enumerate(deltas, 1):
             self._builder.feed(delta)
+            if number % _PORTION == 0:
+                self._publish()
+                await asyncio.sleep(0)
+        self._publish()
 
     def _publish(self) -> None:
         known = len(self.feed.events)

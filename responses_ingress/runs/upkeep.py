@@ -15,7 +15,6 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from responses_ingress.errors import IngressError, StoreUnavailable
 from responses_ingress.runs.runner import Runner
-from responses_ingress.runs.tail import POLL
 from responses_ingress.store.database import Database
 from responses_ingress.store.queue import asked_of, claim_left_behind, claim_queued, is_any_due, renew_leases
 from responses_ingress.store.responses import StoredResponse
@@ -29,6 +28,9 @@ from responses_ingress.store.retention import (
 from responses_ingress.store.wake import ASKED, QUEUE, Ear
 
 logger = logging.getLogger(__name__)
+
+_LOOK = 0.5
+"""Seconds between two looks for work: what a dead process left behind is found within its lease and a second."""
 
 Sweep = Callable[[AsyncConnection], Awaitable[int]]
 
@@ -64,7 +66,7 @@ class Upkeep:
         await asyncio.gather(*self._tasks)
 
     async def _keep_up(self) -> None:
-        """Renew leases three times per lease, and look for work when the bell rings or `POLL` has passed."""
+        """Renew leases three times per lease, and look for work when the bell rings or `_LOOK` has passed."""
         with self._database.bell.listen(QUEUE, ASKED) as ear:
             stopped = asyncio.create_task(self._stopping.wait())
             stopped.add_done_callback(lambda _: ear.wake())
@@ -75,7 +77,7 @@ class Upkeep:
 
     async def _pause(self, ear: Ear) -> None:
         if not self._stopping.is_set():
-            await ear.heard(min(POLL, self._lease / 3))
+            await ear.heard(min(_LOOK, self._lease / 3))
 
     async def _chores(self) -> None:
         try:
@@ -150,7 +152,7 @@ class Upkeep:
         if (most := retention.most_responses) is not None:
             sweeps.append(lambda connection: delete_beyond(connection, most))
         if (kept := retention.threads) is not None:
-            sweeps.append(lambda connection: delete_idle_threads(connection, now - kept, now))
+            sweeps.append(lambda connection: delete_idle_threads(connection, now - kept))
         return sweeps
 
     async def _sweep(self, sweep: Sweep) -> None:

@@ -84,8 +84,8 @@ class Database:
     async def keep_time(self) -> None:
         """Set the clock by the database's, where it is one that follows it."""
         if isinstance(self.clock, DatabaseClock):
-            before = time.monotonic()
-            async with self.reading() as connection:
+            async with self.reading() as connection:  # which may have taken a while to come by
+                before = time.monotonic()
                 told = await connection.exec_driver_sql("SELECT extract(epoch FROM clock_timestamp())::float8")
                 now = float(told.scalar_one())
             self.clock.set(now + (time.monotonic() - before) / 2)

@@ -9,13 +9,28 @@ an owner stands in the row, so that it outlives the one who asked and the one wh
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from sqlalchemy import Executable, and_, bindparam, exists, literal_column, null, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Executable,
+    Table,
+    and_,
+    bindparam,
+    exists,
+    func,
+    literal_column,
+    null,
+    or_,
+    select,
+    tuple_,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from responses_ingress.errors import NotHandedOver, QueueFull
+from responses_ingress.ids import is_named
 from responses_ingress.store.responses import StoredResponse, load
 from responses_ingress.store.tables import is_running, responses, threads
-from responses_ingress.store.turns import DELETE_JOURNAL, add_response, check_lease, check_repeat, write_end
+from responses_ingress.store.turns import DELETE_JOURNAL, add_response, check_lease, check_repeat, told_in, write_end
 from responses_ingress.store.values import Ending, NewResponse, Owner, Placement
 from responses_ingress.store.wake import ASKED, QUEUE
 from responses_ingress.store.writer import RUNNING, Batch, Unit
@@ -37,21 +52,41 @@ def enqueue(new: NewResponse, placement: Placement, most: int) -> Unit[None]:
         batch.ring(QUEUE)
 
     repeats = (new.retry.name,) if new.retry is not None and new.retry.attaches else ()
-    return Unit(apply, repeats=repeats, counts_queue=True)
+    return Unit(apply, preambles=told_in(new, placement), repeats=repeats, counts_queue=True)
 
 
 _is_due = and_(is_running, responses.c.lease_until <= bindparam("now"))
 _parents = responses.alias("parents")
-_ready = and_(
-    responses.c.status == "queued",
-    ~exists().where(_parents.c.id == responses.c.previous_response_id, _parents.c.status.in_(RUNNING)),
-    ~exists().where(
-        threads.c.id == responses.c.thread_id,
-        threads.c.running.is_not(None),
-        threads.c.running != responses.c.id,
-        threads.c.lease_until > bindparam("now"),
+_parent_runs = exists().where(_parents.c.id == responses.c.previous_response_id, _parents.c.status.in_(RUNNING))
+_thread_is_busy = exists().where(
+    threads.c.id == responses.c.thread_id,
+    threads.c.running.is_not(None),
+    threads.c.running != responses.c.id,
+    threads.c.lease_until > bindparam("now"),
+)
+_ahead = responses.alias("ahead")
+
+
+def _came(table: Any) -> Any:
+    return tuple_(table.c.created_at, table.c.lease_until, table.c.id)
+
+
+# Of the turns that wait for a thread only the first can begin, and none while that is claimed and about to.
+# As `ids.is_named`: without a name it is no thread that has its turns one by one.
+_is_named = func.substr(responses.c.thread_id, 24, 2) == "01"
+_another_is_first = and_(
+    _is_named,
+    exists().where(
+        _ahead.c.thread_id == responses.c.thread_id,
+        _ahead.c.status == literal_column("'queued'"),
+        _ahead.c.id != responses.c.id,
+        or_(
+            and_(_ahead.c.owner.is_not(None), _ahead.c.lease_until > bindparam("now")),
+            _came(_ahead) < _came(responses),
+        ),
     ),
 )
+_ready = and_(responses.c.status == "queued", ~_parent_runs, ~_thread_is_busy, ~_another_is_first)
 _DUE = (
     select(responses.c.id)
     .where(_is_due, or_(responses.c.status == "in_progress", _ready))
@@ -110,11 +145,6 @@ _PUT_BACK = (
     .where(responses.c.id == bindparam("response"))
     .values(owner=null(), status=bindparam("new_status"), lease_until=bindparam("not_before"))
 )
-_FREE_THREAD = (
-    update(threads)
-    .where(threads.c.running == bindparam("response"), threads.c.id == bindparam("thread"))
-    .values(running=null(), lease_until=literal_column("0"))
-)
 
 
 def put_back(row: StoredResponse, owner: Owner, delay: float) -> Unit[None]:
@@ -122,9 +152,24 @@ def put_back(row: StoredResponse, owner: Owner, delay: float) -> Unit[None]:
 
     def apply(batch: Batch) -> None:
         check_lease(batch, row.id, owner)
+        _to_begin_again(batch, row.id, row.thread_id)
         batch.add(_PUT_BACK, response=row.id, new_status="queued", not_before=batch.now + delay)
 
-    return Unit(apply, responses=(row.id,), patient=True)
+    return Unit(apply, responses=(row.id,), threads=_row_of(row.thread_id), patient=True)
+
+
+def _to_begin_again(batch: Batch, response_id: str, thread_id: str) -> None:
+    """What it said is nothing, and its thread, if it has that, is free."""
+    batch.add(DELETE_JOURNAL, response=response_id)
+    thread = batch.threads.get(thread_id)
+    if thread is not None and thread.running == response_id:
+        thread.running, thread.lease_until = None, 0.0
+        batch.set_thread(thread)
+
+
+def _row_of(thread_id: str) -> tuple[str, ...]:
+    """The thread, where it has a row."""
+    return (thread_id,) if is_named(thread_id) else ()
 
 
 def hand_over(response_id: str, owner: Owner, thread_id: str, *, resumable: bool, said: bool) -> Unit[None]:
@@ -137,16 +182,19 @@ def hand_over(response_id: str, owner: Owner, thread_id: str, *, resumable: bool
         if not resumable:
             if said and batch.leases[response_id].followed_until is not None:
                 raise NotHandedOver("What this response has said may have been seen.")
-            batch.add(DELETE_JOURNAL, response=response_id)
-            batch.add(_FREE_THREAD, response=response_id, thread=thread_id)
+            _to_begin_again(batch, response_id, thread_id)
         status = "in_progress" if resumable else "queued"
         batch.add(_PUT_BACK, response=response_id, new_status=status, not_before=batch.now)
         batch.ring(QUEUE)
 
-    return Unit(apply, responses=(response_id,), patient=True)
+    return Unit(apply, responses=(response_id,), threads=_row_of(thread_id), patient=True)
 
 
-_ASK = update(responses).where(responses.c.id == bindparam("response")).values(asked=bindparam("what"))
+_ASK = (
+    update(responses)
+    .where(responses.c.id == bindparam("response"), responses.c.asked.is_distinct_from(literal_column("'cancel'")))
+    .values(asked=bindparam("what"))
+)
 
 
 def ask_to_yield(response_id: str) -> Unit[None]:
@@ -196,7 +244,11 @@ async def asked_of(connection: AsyncConnection, owner: str) -> list[tuple[str, L
 
 _SIGN = (
     update(responses)
-    .where(responses.c.id == bindparam("response"), is_running)
+    .where(
+        responses.c.id == bindparam("response"),
+        is_running,
+        or_(responses.c.followed_until.is_(None), responses.c.followed_until < bindparam("until")),
+    )
     .values(followed_until=bindparam("until"))
 )
 
@@ -207,7 +259,7 @@ def sign(response_id: str, seconds: float) -> Unit[None]:
     def apply(batch: Batch) -> None:
         batch.add(_SIGN, response=response_id, until=batch.now + seconds)
 
-    return Unit(apply)
+    return Unit(apply, responses=(response_id,))
 
 
 _FOLLOWED = select(responses.c.followed_until).where(responses.c.id == bindparam("response"))
@@ -218,22 +270,27 @@ async def followed_until(connection: AsyncConnection, response_id: str) -> float
     return (await connection.execute(_FOLLOWED, {"response": response_id})).scalar() or 0.0
 
 
-_RENEW_RESPONSES = (
-    update(responses)
-    .where(responses.c.id.in_(bindparam("ids", expanding=True)), responses.c.owner == bindparam("who"))
-    .values(lease_until=bindparam("until"))
-)
-_RENEW_THREADS = (
-    update(threads)
-    .where(
-        threads.c.id.in_(bindparam("threads", expanding=True)), threads.c.running.in_(bindparam("ids", expanding=True))
+def _renewal(table: Table, *conditions: ColumnElement[bool]) -> Executable:
+    """Prolong leases. The rows are locked in the order in which the writer does, so that no two processes wait
+    for each other."""
+    mine = and_(table.c.id.in_(bindparam("ids", expanding=True)), *conditions)
+    locked = select(table.c.id).where(mine).order_by(table.c.id).with_for_update().cte("locked")
+    return (
+        update(table)
+        .where(table.c.id.in_(select(locked.c.id)))
+        .values(lease_until=bindparam("until"))
+        .returning(table.c.id)
     )
-    .values(lease_until=bindparam("until"))
-)
+
+
+_RENEW_RESPONSES = _renewal(responses, responses.c.owner == bindparam("who"))
+_RENEW_THREADS = _renewal(threads, threads.c.running.in_(bindparam("turns", expanding=True)))
 
 
 async def renew_leases(connection: AsyncConnection, owner: str, running: Mapping[str, str], until: float) -> None:
-    """Keep the leases of what `owner` is running: response -> its thread."""
-    ids = list(running)
-    await connection.execute(_RENEW_RESPONSES, {"ids": ids, "who": owner, "until": until})
-    await connection.execute(_RENEW_THREADS, {"ids": ids, "threads": list(set(running.values())), "until": until})
+    """Keep the leases of what `owner` is running: response -> its thread. What is another's by now stays so."""
+    renewed = await connection.execute(_RENEW_RESPONSES, {"ids": list(running), "who": owner, "until": until})
+    still = [row.id for row in renewed]
+    if still:
+        ids = list({running[response] for response in still})
+        await connection.execute(_RENEW_THREADS, {"ids": ids, "turns": still, "until": until})

@@ -3,19 +3,30 @@ are past; threads that are idle; and the items that nothing needs any more.
 
 What must stay true: a branch's items stay as long as a response, a fork, a running turn or a thread needs
 them, so that descendants of what is deleted keep their history; each call is one small transaction of its
-caller's, and several workers may call at once: what one has locked the others pass by.
+caller's, and several workers may call at once: what one has locked the others pass by. Rows are locked in the
+writer's order (responses, threads, branches, preambles; each by their keys), so that nobody waits in a circle;
+and what is needed is asked only when the lock is there, so that what began meanwhile is seen.
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import Row, bindparam, delete, exists, func, or_, select, tuple_, update
+from sqlalchemy import Row, bindparam, delete, exists, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from responses_ingress.errors import InvalidRequest
 from responses_ingress.store.responses import find_response
-from responses_ingress.store.tables import branches, is_running, items, journal, preambles, responses, threads
+from responses_ingress.store.tables import (
+    are_preambles,
+    branches,
+    is_running,
+    items,
+    journal,
+    preambles,
+    responses,
+    threads,
+)
 
 MOST = 100
 """Rows that one call deletes at most."""
@@ -47,15 +58,21 @@ async def delete_expired(connection: AsyncConnection, now: float) -> int:
     return await _delete(connection, (await connection.execute(_EXPIRED, {"now": now})).scalars().all())
 
 
+_kept = (responses.c.store, responses.c.expires_at.is_not(None))
+_over = select(responses.c.tenant).where(*_kept).group_by(responses.c.tenant).having(func.count() > bindparam("most"))
 _ranked = (
     select(
         responses.c.id,
         func.row_number().over(partition_by=responses.c.tenant, order_by=responses.c.expires_at.desc()).label("rank"),
     )
-    .where(responses.c.store, responses.c.expires_at.is_not(None))
+    .where(*_kept, responses.c.tenant.in_(_over))
     .subquery()
 )
-_BEYOND = select(_ranked.c.id).where(_ranked.c.rank > bindparam("most")).limit(MOST)
+_BEYOND = (
+    select(responses.c.id)
+    .where(responses.c.id.in_(select(_ranked.c.id).where(_ranked.c.rank > bindparam("most")).limit(MOST)))
+    .with_for_update(skip_locked=True, of=responses)
+)
 
 
 async def delete_beyond(connection: AsyncConnection, most: int) -> int:
@@ -87,7 +104,7 @@ _IDLE = (
     select(threads.c.id)
     .where(
         threads.c.updated_at < bindparam("before"),
-        or_(threads.c.running.is_(None), threads.c.lease_until < bindparam("now")),
+        or_(threads.c.running.is_(None), ~exists().where(responses.c.id == threads.c.running, is_running)),
     )
     .order_by(threads.c.updated_at)
     .limit(MOST)
@@ -95,10 +112,10 @@ _IDLE = (
 )
 
 
-async def delete_idle_threads(connection: AsyncConnection, before: float, now: float) -> int:
+async def delete_idle_threads(connection: AsyncConnection, before: float) -> int:
     """Delete some of the threads that nobody used since `before`; how many. Responses of theirs that are still
     kept keep their history."""
-    ids = (await connection.execute(_IDLE, {"before": before, "now": now})).scalars().all()
+    ids = (await connection.execute(_IDLE, {"before": before})).scalars().all()
     if ids:
         theirs = (await connection.execute(select(branches.c.id).where(branches.c.thread_id.in_(ids)))).scalars().all()
         await connection.execute(delete(threads).where(threads.c.id.in_(ids)))
@@ -115,61 +132,96 @@ async def _delete(connection: AsyncConnection, ids: Sequence[str]) -> int:
         return 0
     gone = (await connection.execute(_DELETE, {"ids": list(ids)})).all()
     await connection.execute(delete(journal).where(journal.c.response_id.in_([row.id for row in gone])))
-    told = {(row.tenant, row.preamble) for row in gone if row.preamble is not None}
-    if told:
-        still = exists().where(responses.c.tenant == preambles.c.tenant, responses.c.preamble == preambles.c.digest)
-        named = tuple_(preambles.c.tenant, preambles.c.digest).in_(sorted(told))
-        await connection.execute(delete(preambles).where(named, ~still))
     await collect(connection, [id for row in gone for id in (row.branch_id, row.base) if id is not None])
+    await _drop_preambles(connection, {(row.tenant, row.preamble) for row in gone if row.preamble is not None})
     return len(gone)
 
 
-_children = branches.alias("children")
-_NEEDED = (
-    select(
-        branches.c.id,
-        branches.c.parent_branch,
-        branches.c.head,
-        exists().where(threads.c.id == branches.c.thread_id, threads.c.active_branch == branches.c.id).label("active"),
-        select(func.max(responses.c.stop))
-        .where(responses.c.branch_id == branches.c.id)
-        .scalar_subquery()
-        .label("stop"),
-        select(func.max(responses.c.own))
-        .where(responses.c.base == branches.c.id, is_running)
-        .scalar_subquery()
-        .label("begun"),
-        select(func.max(_children.c.parent_position))
-        .where(_children.c.parent_branch == branches.c.id)
-        .scalar_subquery()
-        .label("forked"),
-    )
-    .where(branches.c.id == bindparam("branch"))
-    .with_for_update(of=branches)
+_named = are_preambles()
+_LOCK_PREAMBLES = (
+    select(preambles.c.digest).where(_named).order_by(preambles.c.tenant, preambles.c.digest).with_for_update()
+)
+_DROP_PREAMBLES = delete(preambles).where(
+    _named, ~exists().where(responses.c.tenant == preambles.c.tenant, responses.c.preamble == preambles.c.digest)
 )
 
 
+async def _drop_preambles(connection: AsyncConnection, told: Collection[tuple[str, bytes]]) -> None:
+    """Delete those of these preambles that no response has any more."""
+    if told:
+        keys = {"tenants": list({tenant for tenant, _ in told}), "digests": list({digest for _, digest in told})}
+        await connection.execute(_LOCK_PREAMBLES, keys)
+        await connection.execute(_DROP_PREAMBLES, keys)
+
+
+_of_ids = branches.c.id.in_(bindparam("ids", expanding=True))
+_PARENTS = select(branches.c.parent_branch).where(_of_ids, branches.c.parent_branch.is_not(None))
+_LOCK_BRANCHES = select(branches.c.id).where(_of_ids).order_by(branches.c.id).with_for_update()
+
+
+async def _lock_branches(connection: AsyncConnection, ids: Iterable[str]) -> None:
+    """Lock the branches and all they came from. (PostgreSQL would read the whole table for a recursive query.)"""
+    known = dict.fromkeys(ids)
+    step = list(known)
+    while step:
+        parents = (await connection.execute(_PARENTS, {"ids": step})).scalars()
+        step = [id for id in dict.fromkeys(parents) if id not in known]
+        known.update(dict.fromkeys(step))
+    await connection.execute(_LOCK_BRANCHES, {"ids": list(known)})
+
+
+_children = branches.alias("children")
+NEEDS = (
+    branches.c.id,
+    branches.c.parent_branch,
+    branches.c.parent_position,
+    branches.c.head,
+    exists().where(threads.c.id == branches.c.thread_id, threads.c.active_branch == branches.c.id).label("active"),
+    select(func.max(responses.c.stop)).where(responses.c.branch_id == branches.c.id).scalar_subquery().label("stop"),
+    select(func.max(responses.c.own))
+    .where(responses.c.base == branches.c.id, is_running)
+    .scalar_subquery()
+    .label("begun"),
+    select(func.max(_children.c.parent_position))
+    .where(_children.c.parent_branch == branches.c.id)
+    .scalar_subquery()
+    .label("forked"),
+)
+"""What `needed` looks at: columns of a query over branches."""
+
+_NEEDED = select(*NEEDS).where(branches.c.id == bindparam("branch"))
+
+
 async def collect(connection: AsyncConnection, candidates: Iterable[str]) -> None:
-    """Delete what nothing needs of these branches: their last items, or all of them and then maybe their
-    parents'."""
+    """Delete what nothing needs of these branches: their last items, or all of them; and then maybe of their
+    parents."""
     left = deque(dict.fromkeys(candidates))
+    if not left:
+        return
+    await _lock_branches(connection, left)
     while left:
         branch = (await connection.execute(_NEEDED, {"branch": left.popleft()})).one_or_none()
-        if branch is None:
-            continue
-        needed = _needed(branch)
-        if needed is None:
-            await connection.execute(delete(items).where(items.c.branch_id == branch.id))
-            await connection.execute(delete(branches).where(branches.c.id == branch.id))
-            if branch.parent_branch is not None:
-                left.append(branch.parent_branch)
-        elif needed < branch.head:
-            await connection.execute(delete(items).where(items.c.branch_id == branch.id, items.c.position >= needed))
-            await connection.execute(update(branches).where(branches.c.id == branch.id).values(head=needed))
+        if branch is not None and await _cut(connection, branch) and branch.parent_branch is not None:
+            left.append(branch.parent_branch)
 
 
-def _needed(branch: Row[Any]) -> int | None:
-    """Up to which position something needs the branch; None where nothing does."""
+async def _cut(connection: AsyncConnection, branch: Row[Any]) -> bool:
+    """Cut the branch off behind what is needed of it. Whether less is needed of its parent then."""
+    end = needed(branch)
+    if end is not None and end >= branch.head:
+        return False
+    await connection.execute(delete(items).where(items.c.branch_id == branch.id, items.c.position >= (end or 0)))
+    this = branches.c.id == branch.id
+    if end is None:
+        await connection.execute(delete(branches).where(this))
+        return True
+    begins = min(end, branch.parent_position)  # it may be only the way to what begins before it does
+    await connection.execute(update(branches).where(this).values(head=end, parent_position=begins))
+    return bool(begins < branch.parent_position)
+
+
+def needed(branch: Row[Any]) -> int | None:
+    """Up to which position something needs the branch, which has `NEEDS`; None where nothing does."""
     if branch.active:
         return int(branch.head)
     ends = [end for end in (branch.stop, branch.begun, branch.forked) if end is not None]

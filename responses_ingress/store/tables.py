@@ -21,6 +21,8 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    and_,
+    bindparam,
     literal_column,
 )
 
@@ -127,6 +129,7 @@ responses = Table(
 is_running = responses.c.status.in_([literal_column("'queued'"), literal_column("'in_progress'")])
 _partial("ix_responses_running", responses.c.lease_until, where=is_running)
 _partial("ix_responses_base", responses.c.base, where=is_running)
+_partial("ix_responses_thread_id", responses.c.thread_id, where=is_running)
 _partial(
     "ix_responses_preamble",
     responses.c.tenant,
@@ -145,6 +148,16 @@ preambles = Table(
     Column("digest", LargeBinary, primary_key=True),
     Column("payload", LargeBinary, nullable=False),
 )
+
+
+def are_preambles() -> ColumnElement[bool]:
+    """Those of these `:digests` that these `:tenants` have: all that are meant are among them, and SQLite would not
+    look for pairs by the key."""
+    return and_(
+        preambles.c.tenant.in_(bindparam("tenants", expanding=True)),
+        preambles.c.digest.in_(bindparam("digests", expanding=True)),
+    )
+
 
 # An ordinary rowid table: WITHOUT ROWID doubles the size of rows of 2 kB (overflow pages).
 journal = Table(

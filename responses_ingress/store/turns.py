@@ -17,6 +17,7 @@ from sqlalchemy import bindparam, delete, null, text, update
 from responses_ingress.core.request import Retry
 from responses_ingress.errors import AlreadyBegun, KeyReused, PlacementOutdated, StaleWriter, ThreadBusy
 from responses_ingress.ids import is_named
+from responses_ingress.store.responses import StoredResponse
 from responses_ingress.store.tables import items, journal, responses, threads
 from responses_ingress.store.values import DEFAULT_KEEP, Ending, Entry, Keep, NewResponse, Owner, Placement
 from responses_ingress.store.writer import RUNNING, Batch, Branch, Lease, Repeat, Thread, Unit, insert_of
@@ -54,7 +55,7 @@ _INSERT_JOURNAL = text(
     "INSERT INTO journal (response_id, first, tenant, count, payload)"
     " VALUES (:response_id, :first, :tenant, :count, :payload) ON CONFLICT DO NOTHING"
 )
-_INSERT_PREAMBLE = text(
+_INSERT_PREAMBLE = text(  # another worker may just have inserted it
     "INSERT INTO preambles (tenant, digest, payload) VALUES (:tenant, :digest, :payload) ON CONFLICT DO NOTHING"
 )
 _DELETE_RESPONSE = delete(responses).where(responses.c.id == bindparam("response"))
@@ -112,11 +113,9 @@ def begin(new: NewResponse, placement: Placement, owner: Owner, keep: Keep = DEF
 
     def apply(batch: Batch) -> None:
         check_repeat(batch, new.retry)
-        if new.previous_response_id is not None and new.previous_response_id not in batch.leases:
-            raise PlacementOutdated  # deleted since it was read, and maybe its items with it
+        _check_previous(batch, new.previous_response_id)
         _take_place(batch, new.id, new.created_at, new.lineage, placement, owner)
-        if new.previous_response_id is not None:
-            batch.add(_USED, response=new.previous_response_id, new_expires=batch.now + keep.response)
+        _use_previous(batch, new.previous_response_id, keep)
         add_response(batch, new, placement, owner)
 
     return Unit(
@@ -124,23 +123,32 @@ def begin(new: NewResponse, placement: Placement, owner: Owner, keep: Keep = DEF
         responses=(new.previous_response_id,) if new.previous_response_id else (),
         threads=(placement.thread_id,) if placement.exclusive else (),
         branches=_relied_on(placement),
+        preambles=told_in(new, placement),
         repeats=(new.retry.name,) if new.retry is not None and new.retry.attaches else (),
     )
 
 
 def begin_claimed(
-    response_id: str, created_at: int, lineage: bytes | None, placement: Placement, owner: Owner, input: bytes
+    row: StoredResponse,
+    lineage: bytes | None,
+    placement: Placement,
+    owner: Owner,
+    input: bytes,
+    keep: Keep = DEFAULT_KEEP,
 ) -> Unit[None]:
     """Let a response that this worker has claimed begin, from the start. Raises as `begin` does, and
     `StaleWriter` where it is not this worker's any more."""
+    previous = row.previous_response_id
 
     def apply(batch: Batch) -> None:
-        check_lease(batch, response_id, owner)
-        _take_place(batch, response_id, created_at, lineage, placement, owner)
-        batch.add(DELETE_JOURNAL, response=response_id)
+        check_lease(batch, row.id, owner)
+        _check_previous(batch, previous)
+        _take_place(batch, row.id, row.created_at, lineage, placement, owner)
+        _use_previous(batch, previous, keep)
+        batch.add(DELETE_JOURNAL, response=row.id)
         batch.add(
             _BEGUN,
-            response=response_id,
+            response=row.id,
             begun_thread_id=placement.thread_id,
             begun_first=placement.first,
             begun_own=placement.position,
@@ -151,14 +159,24 @@ def begin_claimed(
             begun_lease_until=batch.now + owner.lease,
             begun_epoch=owner.epoch,
         )
-        batch.ring(response_id)
+        batch.ring(row.id)
 
     return Unit(
         apply,
-        responses=(response_id,),
+        responses=(row.id, previous) if previous else (row.id,),
         threads=(placement.thread_id,) if placement.exclusive else (),
         branches=_relied_on(placement) or (placement.branch_id,),  # which an earlier beginning may have made
     )
+
+
+def _check_previous(batch: Batch, previous: str | None) -> None:
+    if previous is not None and previous not in batch.leases:
+        raise PlacementOutdated  # deleted since it was read, and maybe its items with it
+
+
+def _use_previous(batch: Batch, previous: str | None, keep: Keep) -> None:
+    if previous is not None:
+        batch.add(_USED, response=previous, new_expires=batch.now + keep.response)
 
 
 def _relied_on(placement: Placement) -> tuple[str, ...]:
@@ -206,7 +224,7 @@ def _take_thread(batch: Batch, new: _Taker, placement: Placement, owner: Owner) 
     """Give the thread's one running turn to this response."""
     thread = batch.threads.get(placement.thread_id)
     if thread is None:
-        if placement.root is None or any(id not in batch.branches for id in _relied_on(placement)):
+        if placement.root is None or not all(_reaches(batch, id, placement) for id in _relied_on(placement)):
             raise PlacementOutdated
         _add_thread(batch, new, placement, placement.root, owner)
         return
@@ -218,6 +236,11 @@ def _take_thread(batch: Batch, new: _Taker, placement: Placement, owner: Owner) 
     thread.running, thread.lease_until = new.id, batch.now + owner.lease
     thread.lineage = _merged(thread.lineage, new.lineage)
     batch.set_thread(thread)
+
+
+def _reaches(batch: Batch, branch_id: str, placement: Placement) -> bool:
+    branch = batch.branches.get(branch_id)
+    return branch is not None and branch.head >= placement.position
 
 
 def _merged(known: bytes | None, told: bytes | None) -> bytes | None:
@@ -251,8 +274,9 @@ def _add_thread(batch: Batch, new: _Taker, placement: Placement, root: str, owne
 
 def add_response(batch: Batch, new: NewResponse, placement: Placement, owner: Owner | None) -> None:
     """Write the row, and what repeats of it. Without an owner it waits for one from now on."""
-    if new.preamble is not None:
+    if new.preamble is not None and not batch.preambles.issuperset(told_in(new, placement)):
         digest, payload = new.preamble
+        batch.preambles.add((placement.tenant, digest))
         batch.add(_INSERT_PREAMBLE, tenant=placement.tenant, digest=digest, payload=payload)
     epoch = owner.epoch if owner is not None else 0
     batch.leases[new.id] = Lease(epoch, new.status, owner.name if owner is not None else None)
@@ -286,6 +310,11 @@ def add_response(batch: Batch, new: NewResponse, placement: Placement, owner: Ow
     )
 
 
+def told_in(new: NewResponse, placement: Placement) -> tuple[tuple[str, bytes], ...]:
+    """The key of the preamble that the response has, if it has one."""
+    return ((placement.tenant, new.preamble[0]),) if new.preamble is not None else ()
+
+
 def append_journal(response_id: str, owner: Owner, tenant: str, entry: Entry) -> Unit[None]:
     """Write a batch of a run's deltas."""
 
@@ -307,17 +336,14 @@ def end(response_id: str, owner: Owner, placement: Placement, ending: Ending) ->
     applied: list[bool] = []
 
     def apply(batch: Batch) -> None:
-        lease = batch.leases.get(response_id)
-        if applied and lease is not None and (lease.epoch, lease.status) == (owner.epoch, ending.status):
+        if applied and _is_written(batch.leases.get(response_id), owner, ending):
             return  # it was committed, and the connection lost before anybody heard of it
         applied.append(True)
         check_lease(batch, response_id, owner)
         branch_id = _append_items(batch, placement, ending) if ending.moves_branch else None
         batch.leases[response_id].status = ending.status
         if placement.exclusive:
-            _release_thread(batch, response_id, placement, branch_id)
-        if ending.memory is not None and placement.exclusive:
-            batch.add(_REMEMBER, thread=placement.thread_id, new_memory=ending.memory)
+            _release_thread(batch, response_id, placement, branch_id, ending.memory)
         if ending.store or ending.lingers:
             write_end(batch, response_id, placement, ending, branch_id)
         else:
@@ -334,21 +360,31 @@ def end(response_id: str, owner: Owner, placement: Placement, ending: Ending) ->
     )
 
 
+def _is_written(lease: Lease | None, owner: Owner, ending: Ending) -> bool:
+    """Whether the row tells that it ended so; one that nobody can come back for is gone then."""
+    if lease is None:
+        return not (ending.store or ending.lingers)
+    return (lease.epoch, lease.status) == (owner.epoch, ending.status)
+
+
 def use(response_id: str, keep: Keep) -> Unit[None]:
     """Somebody has read the response: it is kept for longer."""
 
     def apply(batch: Batch) -> None:
         batch.add(_USED, response=response_id, new_expires=batch.now + keep.response)
 
-    return Unit(apply)
+    return Unit(apply, responses=(response_id,))
 
 
 def write_end(
     batch: Batch, response_id: str, placement: Placement, ending: Ending, branch_id: str | None = None
 ) -> None:
-    """Write the row of a response that has ended, and the end of its journal."""
-    if ending.journal is not None:
+    """Write the row of a response that has ended, and the end of its journal; where nobody can come back for
+    that, it goes."""
+    if ending.journal is not None and ending.lingers:
         _add_entry(batch, response_id, placement.tenant, ending.journal)
+    elif ending.journal is not None:
+        batch.add(DELETE_JOURNAL, response=response_id)
     batch.add(_END_RESPONSE, response=response_id, **_end_row(placement, ending, branch_id, batch.now))
 
 
@@ -364,7 +400,7 @@ def _append_items(batch: Batch, placement: Placement, ending: Ending) -> str:
     new = [*ending.input, *ending.output]
     stop = placement.position + len(new)
     branch = batch.branches.get(placement.branch_id)
-    if branch is None:
+    if branch is None or branch.head < placement.position:
         raise StaleWriter("The branch of this response has been deleted.")
     if branch.head == placement.position and _is_its_own(batch, placement, branch):
         batch.move_head(branch, stop)
@@ -394,10 +430,15 @@ def _is_its_own(batch: Batch, placement: Placement, branch: Branch) -> bool:
     return branch.thread_id == placement.thread_id and (placement.exclusive or not active)
 
 
-def _release_thread(batch: Batch, response_id: str, placement: Placement, branch_id: str | None) -> None:
+def _release_thread(
+    batch: Batch, response_id: str, placement: Placement, branch_id: str | None, memory: bytes | None
+) -> None:
+    """Give the thread back with what the turn has made of it, unless it is another's by now."""
     thread = batch.threads.get(placement.thread_id)
     if thread is None or thread.running != response_id:
         return
+    if memory is not None:
+        batch.add(_REMEMBER, thread=thread.id, new_memory=memory)
     thread.running, thread.lease_until = None, 0.0
     thread.active_branch = branch_id or thread.active_branch
     batch.set_thread(thread)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 logger = logging.getLogger(__name__)
@@ -47,12 +46,14 @@ class Ear:
     def wake(self) -> None:
         self._rung.set()
 
-    async def heard(self, patience: float) -> None:
-        """Wait for a ring since the last call, `patience` seconds at most."""
+    async def heard(self, patience: float) -> bool:
+        """Wait for a ring since the last call, `patience` seconds at most; whether there was one."""
         with suppress(TimeoutError):
             async with asyncio.timeout(patience):
                 await self._rung.wait()
+        rung = self._rung.is_set()
         self._rung.clear()
+        return rung
 
     def close(self) -> None:
         for topic in self._topics:
@@ -106,7 +107,7 @@ async def hear(engine: AsyncEngine, bell: Bell, probe: float = _PROBE) -> None:
     while True:
         try:
             await _hear_once(engine, bell, probe)
-        except (SQLAlchemyError, OSError) as error:
+        except Exception as error:  # SQLAlchemy's, or the driver's own: without this no other worker is heard
             logger.warning("listening to other workers is interrupted: %s", type(error).__name__)
         await asyncio.sleep(_RECONNECT)
 

@@ -18,7 +18,19 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from sqlalchemy import ClauseElement, Executable, Insert, Row, Table, bindparam, func, insert, select, text, update
+from sqlalchemy import (
+    ClauseElement,
+    Executable,
+    Insert,
+    Row,
+    Table,
+    bindparam,
+    func,
+    insert,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, NotSupportedError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -26,36 +38,28 @@ from sqlalchemy.sql.compiler import SQLCompiler
 
 from responses_ingress.errors import IngressError, StoreUnavailable
 from responses_ingress.ids import Clock
-from responses_ingress.store.tables import branches, is_running, responses, threads
+from responses_ingress.store.tables import are_preambles, branches, is_running, preambles, responses, threads
 from responses_ingress.store.wake import CHANNEL, Bell, payloads
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-FAULTS = (
-    IntegrityError,
-    DataError,
-    ProgrammingError,
-    NotSupportedError,
-    ValueError,
-    TypeError,
-    OverflowError,
-    LookupError,
-)
-"""What is wrong with what was to be written."""
+FAULTS = (IntegrityError, DataError, ProgrammingError, NotSupportedError)
+"""Of the database's errors, those in which what was to be written is at fault; so it is with any that is none of
+the database's."""
 
 OUTAGES = (DBAPIError, PoolTimeout, OSError)
-"""Any other failure: a database that cannot be reached, or cannot write for now. Where the driver tells an
-SQLSTATE, that decides (`_is_fault`): under PostgreSQL SQLAlchemy gives most errors the one class."""
+"""Any other of its errors: it cannot be reached, or cannot write for now. Where the driver tells an SQLSTATE,
+that decides (`_is_fault`): under PostgreSQL SQLAlchemy gives most errors the one class."""
 
-_FAULTY_STATES = ("22", "23", "42", "0A")  # data, integrity, syntax or access, not supported
+_FAULTY_STATES = ("22", "23", "42", "54", "0A")  # data, integrity, syntax or access, too much, not supported
 _CONTENTION = ("40001", "40P01")  # serialization failure, deadlock: the transaction may simply be tried again
 
 RUNNING = ("queued", "in_progress")
 
 _MOST_UNITS = 200
 _RETRY_DELAY = 0.5
-_PATIENCE = 60.0
+PATIENCE = 60.0
 """Seconds that work under way waits for a database that is down."""
 
 
@@ -107,6 +111,7 @@ class Batch:
         self.threads: dict[str, Thread] = {}
         self.branches: dict[str, Branch] = {}
         self.repeats: list[Repeat] = []  # the newest first
+        self.preambles: set[tuple[str, bytes]] = set()  # (tenant, digest) of those that are there
         self.queued = 0  # how many responses wait in the queue
         self.topics: dict[str, None] = {}  # what to ring for, in order
         self.rows: defaultdict[Executable, list[dict[str, Any]]] = defaultdict(list)
@@ -173,6 +178,7 @@ _SET_THREAD = (
 class Unit(Generic[T]):
     """A unit of work: what it must know of, and what it does. `apply` decides first and adds rows last.
 
+    preambles:    of which of these (tenant, digest) are there, and stay at least as long as this transaction.
     repeats:      names of repeated requests, see `Batch.repeats`.
     counts_queue: it must know how long the queue is.
     patient:      while the database cannot be reached it waits (work under way), instead of failing (a request).
@@ -182,6 +188,7 @@ class Unit(Generic[T]):
     responses: Sequence[str] = ()
     threads: Sequence[str] = ()
     branches: Sequence[str] = ()
+    preambles: Sequence[tuple[str, bytes]] = ()
     repeats: Sequence[bytes] = ()
     counts_queue: bool = False
     patient: bool = False
@@ -217,6 +224,12 @@ def _query(table: Table, *columns: str) -> Executable:
 _LEASES = _query(responses, "id", "epoch", "status", "owner", "followed_until")
 _THREADS = _query(threads, "id", "tenant", "active_branch", "running", "lease_until", "lineage")
 _BRANCHES = _query(branches, "id", "thread_id", "head")
+_PREAMBLES = (
+    select(preambles.c.tenant, preambles.c.digest)
+    .where(are_preambles())
+    .order_by(preambles.c.tenant, preambles.c.digest)
+    .with_for_update(read=True, key_share=True)  # of others only those who delete it wait
+)
 _REPEATS = (
     select(
         responses.c.id,
@@ -236,11 +249,12 @@ _NOTIFY = text("SELECT pg_notify(:channel, :payload)")
 class Writer:
     """The writer of one process. `submit` from the loop it runs in; `close` when all is submitted."""
 
-    def __init__(self, engine: AsyncEngine, clock: Clock, bell: Bell) -> None:
+    def __init__(self, engine: AsyncEngine, clock: Clock, bell: Bell, patience: float = PATIENCE) -> None:
         self._loop = asyncio.get_running_loop()
         self._engine = engine
         self._clock = clock
         self._bell = bell
+        self._patience = patience
         self._many = engine.dialect.name == "postgresql"
         """Whether others write at the same time: SQLite lets one in at a time."""
         self._pending: list[_Pending[Any]] = []
@@ -276,34 +290,39 @@ class Writer:
             self._wake.clear()
             while self._pending:
                 batch, self._pending = self._pending[:_MOST_UNITS], self._pending[_MOST_UNITS:]
-                await self._commit(batch)
+                self._pending[:0] = await self._commit(batch)
 
-    async def _commit(self, pending: Sequence[_Pending[Any]]) -> None:
+    async def _commit(self, pending: Sequence[_Pending[Any]]) -> Sequence[_Pending[Any]]:
+        """Write these; what of them is to be tried again, before anything that came later."""
         try:
             results = await self._transact(pending)
-        except (*FAULTS, *OUTAGES) as error:
-            if _is_fault(error):
-                await self._commit_singly(pending, error)
-            else:
-                await self._put_off(pending, error)
-        else:
-            for one, result in zip(pending, results, strict=True):
-                one.fail(result) if isinstance(result, Exception) else one.succeed(result)
+        except Exception as error:  # also a fault of ours must fail its own unit, and not end the writer
+            if not _is_fault(error):
+                return await self._put_off(pending, error)
+            return await (self._commit_singly(pending) if len(pending) > 1 else self._try_again(pending[0], error))
+        for one, result in zip(pending, results, strict=True):
+            one.fail(result) if isinstance(result, Exception) else one.succeed(result)
+        return ()
 
-    async def _commit_singly(self, pending: Sequence[_Pending[Any]], error: Exception) -> None:
-        """One of these cannot be written: alone, it fails alone. Or another worker was first with a row that
-        it inserts: applied again, with the facts as they are now, it finds that row."""
-        if len(pending) > 1:
-            for one in pending:
-                await self._commit([one])
-        elif pending[0].tried:
-            logger.error("a unit of work cannot be written: %s", kind(error))
-            pending[0].fail(StoreUnavailable("The database refused to store this.", retry_after=2))
-        else:
-            pending[0].tried = True
-            await self._commit(pending)
+    async def _commit_singly(self, pending: Sequence[_Pending[Any]]) -> Sequence[_Pending[Any]]:
+        """One of these cannot be written: alone, it fails alone. None passes one that is put off."""
+        for at, one in enumerate(pending):
+            left = await self._commit((one,))
+            if left:
+                return [*left, *pending[at + 1 :]]
+        return ()
 
-    async def _put_off(self, pending: Sequence[_Pending[Any]], error: Exception) -> None:
+    async def _try_again(self, one: _Pending[Any], error: Exception) -> Sequence[_Pending[Any]]:
+        """Where another worker was first with a row that the unit inserts, it finds that row when it is applied
+        again, with the facts as they are now."""
+        if not one.tried:
+            one.tried = True
+            return await self._commit((one,))
+        logger.error("a unit of work cannot be written: %s", kind(error))
+        one.fail(StoreUnavailable("The database refused to store this.", retry_after=2))
+        return ()
+
+    async def _put_off(self, pending: Sequence[_Pending[Any]], error: Exception) -> Sequence[_Pending[Any]]:
         """The database cannot be reached: requests fail, work under way waits for it, up to a limit. Where
         two workers were only in each other's way, everything is tried again."""
         contended = sqlstate(error) in _CONTENTION
@@ -313,13 +332,13 @@ class Writer:
         waiting = []
         for one in pending:
             one.since = one.since or now
-            if (one.unit.patient or contended) and now - one.since < _PATIENCE:
+            if (one.unit.patient or contended) and now - one.since < self._patience:
                 waiting.append(one)
             else:
                 one.fail(StoreUnavailable("The database cannot be written to now.", retry_after=2))
-        self._pending[:0] = waiting
         if not contended:
             await asyncio.sleep(_RETRY_DELAY)
+        return waiting
 
     async def _transact(self, pending: Sequence[_Pending[Any]]) -> list[Any]:
         """One transaction; each unit's result, or the error it refused with."""
@@ -359,6 +378,10 @@ class Writer:
             batch.threads[row.id] = Thread(**row._mapping)
         for row in await _fetch(connection, _BRANCHES, (id for unit in units for id in unit.branches)):
             batch.branches[row.id] = Branch(row.id, row.thread_id, row.head)
+        told = {key for unit in units for key in unit.preambles}
+        if told:
+            keys = {"tenants": list({tenant for tenant, _ in told}), "digests": list({digest for _, digest in told})}
+            batch.preambles.update((row.tenant, row.digest) for row in await connection.execute(_PREAMBLES, keys))
         batch.repeats = [Repeat(**row._mapping) for row in await _fetch(connection, _REPEATS, names)]
         if any(unit.counts_queue for unit in units):
             batch.queued = (await connection.execute(_QUEUED)).scalar_one()
@@ -366,8 +389,8 @@ class Writer:
 
 
 def kind(error: Exception) -> str:
-    """The driver's error by name: its text may hold what was to be written."""
-    return type(getattr(error, "orig", None) or error).__name__
+    """The driver's error by name and SQLSTATE: its text may hold what was to be written."""
+    return f"{type(getattr(error, 'orig', None) or error).__name__} {sqlstate(error)}".rstrip()
 
 
 def sqlstate(error: Exception) -> str:
@@ -378,7 +401,7 @@ def sqlstate(error: Exception) -> str:
 def _is_fault(error: Exception) -> bool:
     """Whether what was to be written is at fault, and not the state of the database."""
     state = sqlstate(error)
-    return state[:2] in _FAULTY_STATES if state else isinstance(error, FAULTS)
+    return state[:2] in _FAULTY_STATES if state else isinstance(error, FAULTS) or not isinstance(error, OUTAGES)
 
 
 def _rank(statement: Executable) -> int:

@@ -75,7 +75,8 @@ async def test_first_turn_and_resume(codex: Codex, chat: str, upstream: Upstream
         ("user", "Are you there?"),
         ("assistant", "Still here."),
     ]
-    assert responses(database, first.thread_id) == []  # codex sends store: false
+    kept = responses(database, first.thread_id)  # codex sends store: false: for its retries, and for minutes
+    assert [row["store"] for row in kept] == [0, 0]
     assert_sound(codex, database, first.thread_id)
 
 

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, cast
 
 import httptools
@@ -33,14 +33,18 @@ class Job:
     """What to do.
 
     kind:        `load`: `turns` equal requests, `concurrency` at a time; `chain`: `turns` requests, each
-                 naming the one before; `hold`: open `turns` streams and keep them until a line comes in.
+                 naming the one before; `hold`: open `turns` streams and keep them until a line comes in;
+                 `queue`: `load` of background responses; `follow`: one stream, and `turns` more who follow it
+                 by its id, through the port `follow`.
+    get:         the id, and the query, of a response to be got instead of made.
+    after:       number of the last event that the one who gets it has seen.
     api:         `responses`, or `chat` to ask the upstream itself.
     text:        the text every answer must hold.
     new_threads: give each request a thread of its own by header.
     database:    for `chain`: the SQLite file to measure after every 50 turns.
     """
 
-    kind: Literal["load", "chain", "hold"]
+    kind: Literal["load", "chain", "hold", "queue", "follow"]
     port: int
     body: str
     turns: int
@@ -50,13 +54,18 @@ class Job:
     api: Literal["responses", "chat"] = "responses"
     new_threads: bool = False
     database: str | None = None
+    get: str = ""
+    after: int = -1
+    follow: int = 0
 
 
 @dataclass(slots=True)
 class Result:
-    """What came of it. Times are milliseconds; `first` is the time to the first text of a stream."""
+    """What came of it. Times are milliseconds; `first` is the time to the first text of a stream, `ids` are
+    those of the responses that `queue` and `follow` made."""
 
     turns: int = 0
+    ids: list[str] = field(default_factory=list)
     seconds: float = 0
     latency: list[float] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
@@ -110,6 +119,11 @@ class Connection(asyncio.Protocol):
             if not self.opened.done():
                 self.opened.set_result(self._first)
 
+    @property
+    def so_far(self) -> bytes:
+        """What has come of the answer."""
+        return b"".join(self._parts)
+
     def on_message_complete(self) -> None:
         if self._answer is None or self._answer.done():
             return
@@ -138,11 +152,16 @@ class Load:
             await self._chain()
         elif self._job.kind == "hold":
             await self._hold()
+        elif self._job.kind == "follow":
+            await self._follow()
         else:
-            todo = iter(range(self._job.turns))
-            await asyncio.gather(*(self._work(todo) for _ in range(self._job.concurrency)))
+            await self._load()
         self._result.seconds = time.perf_counter() - start
         return self._result
+
+    async def _load(self) -> None:
+        todo = iter(range(self._job.turns))
+        await asyncio.gather(*(self._work(todo) for _ in range(self._job.concurrency)))
 
     async def _work(self, todo: Iterator[int]) -> None:
         body = self._job.body.encode()
@@ -195,14 +214,30 @@ class Load:
         connection.ask(request)
         return connection
 
-    async def _connect(self) -> Connection:
+    async def _follow(self) -> None:
+        """One stream from its beginning, and the others as soon as its id is known."""
+        run = await self._connect()
+        ended = run.ask(_request(self._job, self._job.body.encode()))
+        await run.opened
+        made = _RESPONSE_ID.search(run.so_far)
+        assert made is not None, "the first event holds the id"
+        self._result.ids.append(made[1].decode())
+        request = _request(replace(self._job, get=f"{made[1].decode()}?stream=true"), b"")
+        others = await asyncio.gather(*(self._connect(self._job.follow) for _ in range(self._job.turns)))
+        for answer in await asyncio.gather(ended, *(one.ask(request) for one in others)):
+            self._record(answer, self._text)
+
+    async def _connect(self, port: int | None = None) -> Connection:
         first = b"response.output_text.delta" if self._job.api == "responses" else b'"content":"tok'
         loop = asyncio.get_running_loop()
-        _, connection = await loop.create_connection(lambda: Connection(first), "127.0.0.1", self._job.port)
+        _, connection = await loop.create_connection(lambda: Connection(first), "127.0.0.1", port or self._job.port)
         return connection
 
     def _record(self, answer: Answer, text: bytes) -> None:
         self._result.turns += 1
+        made = _RESPONSE_ID.search(answer.body) if self._job.kind == "queue" else None
+        if made is not None:
+            self._result.ids.append(made[1].decode())
         self._result.latency.append(answer.total)
         if self._job.stream:
             self._result.first.append(answer.first)
@@ -217,7 +252,7 @@ class Load:
 def _request(job: Job, body: bytes, headers: Mapping[str, str] | None = None) -> bytes:
     path = "/v1/responses" if job.api == "responses" else "/v1/chat/completions"
     lines = [
-        f"POST {path} HTTP/1.1",
+        f"GET {path}/{job.get} HTTP/1.1" if job.get else f"POST {path} HTTP/1.1",
         f"host: 127.0.0.1:{job.port}",
         "content-type: application/json",
         "authorization: Bearer bench",
@@ -233,13 +268,16 @@ def _check(job: Job, answer: Answer, text: bytes) -> str | None:
         return f"status {answer.status}: {answer.body[:300]!r}"
     if job.api == "chat":
         return None if not job.stream or b"".join(_CONTENT.findall(answer.body)) == text else "wrong text"
+    if job.kind == "queue":
+        good = b'"background":true' in answer.body and _RESPONSE_ID.search(answer.body) is not None
+        return None if good else f"wrong answer: {answer.body[:300]!r}"
     if not job.stream:
         good = b'"status":"completed"' in answer.body and b'"text":"%b"' % text in answer.body
         return None if good else f"wrong answer: {answer.body[:300]!r}"
-    return _check_stream(answer.body, text)
+    return _check_stream(answer.body, text, job.after + 1)
 
 
-def _check_stream(body: bytes, text: bytes) -> str | None:
+def _check_stream(body: bytes, text: bytes, first: int) -> str | None:
     terminals = list(_TERMINAL.finditer(body))
     if len(terminals) != 1:
         return f"{len(terminals)} terminal events"
@@ -248,7 +286,7 @@ def _check_stream(body: bytes, text: bytes) -> str | None:
     if not body.startswith(b"completed", terminals[0].start() + len("event: response.")):
         return f"not completed: {body[terminals[0].start() :][:600]!r}"
     numbers = [int(number) for number in _SEQUENCE.findall(body)]
-    if numbers != list(range(len(numbers))):
+    if numbers != list(range(first, first + len(numbers))):
         return "sequence numbers have gaps"
     if b"".join(_DELTA.findall(body)) != text:
         return "the deltas are not the text"

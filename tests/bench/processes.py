@@ -8,7 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -29,10 +29,12 @@ class BenchError(Exception):
 class Server:
     """A server under measurement: relay or ours, on `port`, with its log in `log`."""
 
-    def __init__(self, command: Sequence[str], port: int, log: Path) -> None:
+    def __init__(
+        self, command: Sequence[str], port: int, log: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
         self.port = port
         self.log = log
-        self._process = _spawn(SERVER_CORE, command, log)
+        self._process = _spawn(SERVER_CORE, command, log, environment=environment)
 
     def wait_ready(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT
@@ -58,6 +60,11 @@ class Server:
 
     def stop(self) -> None:
         _stop(self._process)
+
+    def kill(self) -> None:
+        """End it without a word, as a crash would."""
+        self._process.kill()
+        self._process.wait()
 
 
 @contextlib.contextmanager
@@ -121,13 +128,20 @@ def free_port() -> int:
 
 
 def _spawn(
-    core: int, command: Sequence[str], log: Path | None, *, stdin: int | None = None, stdout: int | None = None
+    core: int,
+    command: Sequence[str],
+    log: Path | None,
+    *,
+    stdin: int | None = None,
+    stdout: int | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[str]:
     with contextlib.ExitStack() as stack:
         err: IO[str] | None = stack.enter_context(log.open("w")) if log is not None else None
         return subprocess.Popen(
             ["taskset", "-c", str(core), *command],
             cwd=ROOT,
+            env={**os.environ, **(environment or {})},
             stdin=stdin or subprocess.DEVNULL,
             stdout=stdout or err,
             stderr=err,

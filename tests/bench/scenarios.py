@@ -16,10 +16,11 @@ RELAY, OURS = "relay", "ours"
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A bound of the issue's: on our figure itself, or on what it is times or above the relay's."""
+    """A bound of the issue's: on our figure itself (`least`: from below), or on what it is times or above the
+    relay's."""
 
     bound: float
-    against: str = "ratio"  # ratio | added | absolute
+    against: str = "ratio"  # ratio | added | absolute | least
 
 
 @dataclass(slots=True)
@@ -66,6 +67,14 @@ class Lab(Protocol):
 
     def fresh(self, name: str) -> tuple[Server, Path]:
         """A server just started, with an empty database at the path."""
+        ...
+
+    def database(self, kind: str) -> str:
+        """The URL of a new database: `SQLite` or `PostgreSQL`."""
+        ...
+
+    def worker(self, url: str, **settings: str) -> Server:
+        """One of ours just started, on the database at this URL."""
         ...
 
     def drop(self, server: Server) -> None: ...

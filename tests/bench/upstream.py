@@ -6,9 +6,12 @@ made once, at start. Prints its port on standard output and runs until it is kil
     small   a short answer, not streamed
     chain   not streamed; says how many messages the request held
     paced   200 text chunks, one each 5 ms; the first with the headers, the end with the last
+    talk    400 text chunks, one each 10 ms
     burst   200 text chunks in one write
     burst50 50 text chunks in one write
+    long    5,000 text chunks in one write
     silent  one text chunk, then nothing
+    late…   the first request that names this model is never answered, every later one at once
 """
 
 import asyncio
@@ -21,8 +24,9 @@ import uvloop
 
 SMALL_TEXT = "The capital of France is Paris."
 SILENT_TEXT = "tok0 "
-PACE = 0.005
 PACED_CHUNKS = 200
+TALK_CHUNKS = 400
+LONG_CHUNKS = 5_000
 
 
 def streamed_text(chunks: int) -> str:
@@ -66,8 +70,8 @@ def _burst(chunks: int) -> bytes:
     return _STREAM_HEAD + _frame(b"".join(_stream_events(chunks)) + _END) + b"0\r\n\r\n"
 
 
-def _paced() -> list[bytes]:
-    *start, last = _stream_events(PACED_CHUNKS)
+def _paced(chunks: int) -> list[bytes]:
+    *start, last = _stream_events(chunks)
     writes = [*map(_frame, start), _frame(last + _END) + b"0\r\n\r\n"]
     return [_STREAM_HEAD + writes[0], *writes[1:]]
 
@@ -86,13 +90,17 @@ def _whole(text: str) -> bytes:
     return b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
 
 
-_PACED = _paced()
+_PACED = {b"paced": (0.005, _paced(PACED_CHUNKS)), b"talk": (0.010, _paced(TALK_CHUNKS))}
 _ANSWERS = {
     b"small": _whole(SMALL_TEXT),
     b"burst": _burst(200),
     b"burst50": _burst(50),
+    b"long": _burst(LONG_CHUNKS),
     b"silent": _STREAM_HEAD + _frame(_stream_events(1)[0]),
 }
+
+
+_late: set[bytes] = set()  # models that one request has named
 
 
 class _Connection(asyncio.Protocol):
@@ -119,18 +127,20 @@ class _Connection(asyncio.Protocol):
         body = b"".join(self._body)
         self._body.clear()
         model = _model(body)
-        if model == b"paced":
-            self._pace(0, self._loop.time())
+        if model in _PACED:
+            self._pace(*_PACED[model], 0, self._loop.time())
+        elif model.startswith(b"late") and model not in _late:
+            _late.add(model)
         elif model == b"chain":
             messages = body.count(b'"role"')
             self._transport.write(_whole(f"{messages} messages"))
         else:
             self._transport.write(_ANSWERS.get(model, _ANSWERS[b"small"]))
 
-    def _pace(self, at: int, start: float) -> None:
-        self._transport.write(_PACED[at])
-        if at + 1 < len(_PACED):
-            self._timer = self._loop.call_at(start + (at + 1) * PACE, self._pace, at + 1, start)
+    def _pace(self, pause: float, writes: list[bytes], at: int, start: float) -> None:
+        self._transport.write(writes[at])
+        if at + 1 < len(writes):
+            self._timer = self._loop.call_at(start + (at + 1) * pause, self._pace, pause, writes, at + 1, start)
 
 
 def _model(body: bytes) -> bytes:

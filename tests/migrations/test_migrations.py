@@ -1,11 +1,14 @@
-"""The migrations on SQLite: they make what the tables say, whatever tables there are."""
+"""The migrations: they make what the tables say, whatever tables there are, and keep the rows, on SQLite and on
+PostgreSQL."""
 
 import asyncio
+import itertools
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,16 +16,24 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Column, Connection, LargeBinary, MetaData, inspect
+from sqlalchemy import URL, Column, Connection, LargeBinary, MetaData, inspect, text
 
 from responses_ingress.errors import SettingsError
 from responses_ingress.settings import CONFIG
 from responses_ingress.store import migrate
+from responses_ingress.store.queue import nowhere
+from responses_ingress.store.responses import envelope_of, read_journal
+from responses_ingress.store.retention import delete_expired
 from responses_ingress.store.tables import metadata
+from responses_ingress.store.values import Entry
+from tests.conftest import run_on, shown
+from tests.store.desk import LEASE, Desk, at_desk
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ScriptDirectory(str(migrate.migrations_folder()))
 T = TypeVar("T")
+PG_INDEXES = "SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = current_schema()"
+_numbers = itertools.count()
 REVISIONS = [script.revision for script in SCRIPTS.walk_revisions()][::-1]
 BROKEN = """
 import sqlalchemy as sa
@@ -38,8 +49,23 @@ def upgrade():
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> str:
+def file_url(tmp_path: Path) -> str:
     return f"sqlite+aiosqlite:///{tmp_path}/x.db"
+
+
+@pytest.fixture
+async def bare_postgres(postgres: URL) -> AsyncIterator[str]:
+    name = f"ingress_bare_{os.getpid()}_{next(_numbers)}"
+    await run_on(postgres, f"CREATE DATABASE {name}")
+    yield shown(postgres.set(database=name))
+    await run_on(postgres, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def url(request: pytest.FixtureRequest) -> str:
+    """The URL of a database without anything in it."""
+    found: str = request.getfixturevalue({"sqlite": "file_url", "postgres": "bare_postgres"}[request.param])
+    return found
 
 
 async def on(url: str, work: Callable[..., T], *arguments: Any) -> T:
@@ -50,6 +76,22 @@ async def on(url: str, work: Callable[..., T], *arguments: Any) -> T:
 def differences(connection: Connection) -> list[Any]:
     found: list[Any] = compare_metadata(MigrationContext.configure(connection, opts={"compare_type": True}), metadata)
     return found
+
+
+def indexes(connection: Connection) -> dict[str, str]:
+    """Every index, with all that makes it: autogenerate sees neither which rows a partial one has, nor on SQLite
+    that it is partial."""
+    lite = connection.dialect.name == "sqlite"
+    known = "SELECT name, sql FROM sqlite_master WHERE type = 'index'" if lite else PG_INDEXES
+    found = {name: definition for name, definition in connection.exec_driver_sql(known).all() if definition}
+    found.pop("alembic_version_pkc", None)
+    return found
+
+
+def made_by_the_tables(connection: Connection) -> dict[str, str]:
+    migrate.downgrade(connection, "base")
+    metadata.create_all(connection)
+    return indexes(connection)
 
 
 def tables(connection: Connection) -> set[str]:
@@ -79,6 +121,9 @@ async def test_from_empty_to_head_is_what_the_tables_say(url: str) -> None:
     await migrate.migrate(url)
     assert await on(url, differences) == []
     assert await on(url, tables) == set(metadata.tables)
+    found = await on(url, indexes)
+    assert len(found) > 10
+    assert found == await on(url, made_by_the_tables)
 
 
 async def test_down_to_base_leaves_nothing_and_up_again_everything(url: str) -> None:
@@ -101,6 +146,96 @@ async def test_rows_survive_the_way_to_head_and_back(url: str, revision: str) ->
     assert await on(url, rows) == before
 
 
+THREAD = "thread_" + "a" * 16 + "01" + "b" * 32
+CHAIN = "thread_" + "c" * 16 + "00" + "d" * 32
+OLD_ROWS = [
+    "INSERT INTO threads (id, tenant, key, active_branch, running, lease_until, created_at, updated_at)"
+    f" VALUES ('{THREAD}', '', 's', 'branch_s', 'resp_running', 2000, 1000, 1000)",
+    "INSERT INTO branches (id, tenant, thread_id, parent_position, head)"
+    f" VALUES ('branch_s', '', '{THREAD}', 0, 2), ('branch_c', '', '{CHAIN}', 0, 2)",
+    "INSERT INTO items (branch_id, position, tenant, item_id, type, digest, payload) VALUES"
+    " ('branch_s', 0, '', 'msg_1', 'message', :bytes, :a), ('branch_s', 1, '', 'msg_2', 'message', :bytes, :b),"
+    " ('branch_c', 0, '', 'msg_3', 'message', :bytes, :a), ('branch_c', 1, '', 'msg_4', 'message', :bytes, :b)",
+    "INSERT INTO responses (id, tenant, thread_id, branch_id, first, own, output_at, stop, status, model, backend,"
+    " background, store, envelope, input, output, owner, lease_until, epoch, created_at) VALUES"
+    f" ('resp_ended', '', '{CHAIN}', 'branch_c', 0, 0, 1, 2, 'completed', 'm', 'echo', :no, :yes, :object, NULL, NULL,"
+    " NULL, NULL, 1, 1000),"
+    f" ('resp_failed', '', '{CHAIN}', NULL, 2, 2, NULL, NULL, 'failed', 'm', 'echo', :no, :yes, :object, :list, :list,"
+    " NULL, NULL, 1, 1000),"
+    f" ('resp_running', '', '{THREAD}', NULL, 2, 2, NULL, NULL, 'in_progress', 'm', 'echo', :no, :yes, :object, :list,"
+    " NULL, 'worker', 2000, 1, 1000)",
+    "INSERT INTO journal (response_id, first, tenant, count, payload) VALUES ('resp_running', 0, '', 2, :list)",
+]
+VALUES = {
+    "bytes": b"x",
+    "a": b'{"type":"message","content":"a"}',
+    "b": b'{"type":"message","content":"b"}',
+    "object": b'{"temperature":0.5}',
+    "list": b"[]",
+    "yes": True,
+    "no": False,
+}
+
+
+def insert_old_rows(connection: Connection) -> None:
+    """A database as a server of the first revision left it, in the middle of a turn."""
+    for statement in OLD_ROWS:
+        asked = {name: value for name, value in VALUES.items() if f":{name}" in statement}
+        connection.execute(text(statement), asked)
+
+
+async def test_a_server_goes_on_with_the_rows_of_the_first_revision(url: str) -> None:
+    await migrate.migrate(url, "0001")
+    await on(url, insert_old_rows)
+    await migrate.migrate(url)
+    async with at_desk(url) as desk:
+        async with desk.database.transaction() as connection:  # nothing of it is lost at once
+            assert await delete_expired(connection, time.time() + 29 * 86_400) == 0
+        [left] = await desk.claim_left()
+        assert (left.id, left.epoch, left.request, left.base) == ("resp_running", 2, None, None)
+        async with desk.database.reading() as connection:
+            assert await read_journal(connection, left.id) == [Entry(0, 2, b"[]")]
+        await desk.end(left.id, nowhere(left), [], ["half"], status="failed", owner=desk.as_owner(left))
+        assert await desk.read("branch_s", 2) == ["a", "b"]
+        child = await desk.turn(await desk.after("resp_ended"), "c", "d")
+        assert await desk.lineage(child) == ["a", "b", "c", "d"]
+        async with desk.database.transaction() as connection:
+            assert await delete_expired(connection, time.time() + 31 * 86_400) == 4
+
+
+async def a_server_runs_and_stops(desk: Desk) -> dict[str, str]:
+    """What it leaves behind, by what it is."""
+    ended_at, unstored_at = desk.chain(), await desk.session()
+    ended = await desk.begin(ended_at, envelope=b'{"temperature":0.5}')
+    last = Entry(0, 3, b"[]")
+    await desk.end(ended, ended_at, ["a"], ["b"], lingers=True, journal=last, echo=b'{"service_tier":"flex"}')
+    unstored = await desk.begin(unstored_at, store=False)
+    await desk.end(unstored, unstored_at, ["c"], ["d"], store=False, lingers=True, journal=last)
+    running = await desk.begin(await desk.session())
+    await desk.journal(running, 0)
+    return {"ended": ended, "unstored": unstored, "running": running, "waiting": await desk.wait()}
+
+
+async def test_the_way_back_leaves_what_the_first_revision_knows(url: str) -> None:
+    await migrate.migrate(url)
+    async with at_desk(url) as desk:
+        left = await a_server_runs_and_stops(desk)
+    await on(url, migrate.downgrade, "0001")
+    names = "SELECT {} FROM {}"
+    found = await on(url, lambda c: set(c.exec_driver_sql(names.format("id", "responses")).scalars()))
+    assert found == {left["ended"], left["running"]}
+    found = await on(url, lambda c: set(c.exec_driver_sql(names.format("response_id", "journal")).scalars()))
+    assert found == {left["running"]}
+    await migrate.migrate(url)
+    async with at_desk(url) as desk:
+        envelope = envelope_of(await desk.row(left["ended"]))
+        assert (envelope["temperature"], envelope["service_tier"]) == (0.5, "flex")
+        assert await desk.lineage(left["ended"]) == ["a", "b"]
+        assert await desk.history() == ["c", "d"]
+        desk.clock.now += LEASE
+        assert [row.id for row in await desk.claim_left()] == [left["running"]]
+
+
 async def test_several_processes_may_start_on_an_empty_database(url: str) -> None:
     await asyncio.gather(*(migrate.ensure(url, auto=True) for _ in range(4)))
     assert await migrate.is_current(url)
@@ -120,10 +255,10 @@ async def test_a_schema_from_the_future_is_refused(url: str) -> None:
             await attempt
 
 
-async def test_a_file_that_is_no_database_is_refused(url: str, tmp_path: Path) -> None:
+async def test_a_file_that_is_no_database_is_refused(file_url: str, tmp_path: Path) -> None:
     (tmp_path / "x.db").write_text("not a database, " * 100, encoding="utf-8")
     with pytest.raises(SettingsError, match="file is not a database"):
-        await migrate.ensure(url, auto=True)
+        await migrate.ensure(file_url, auto=True)
 
 
 @pytest.fixture
@@ -144,7 +279,7 @@ async def test_a_migration_that_fails_leaves_nothing_behind(url: str) -> None:
 
 
 @pytest.mark.parametrize("by", ["file", "environment"])
-def test_alembic_in_the_checkout_has_the_servers_settings(tmp_path: Path, url: str, by: str) -> None:
+def test_alembic_in_the_checkout_has_the_servers_settings(tmp_path: Path, file_url: str, by: str) -> None:
     config = tmp_path / "c.toml"
     config.write_text(f"database_url = 'sqlite:///{tmp_path}/x.db'", encoding="utf-8")
     chosen = ["-x", f"config={config}"] if by == "file" else []
@@ -156,7 +291,7 @@ def test_alembic_in_the_checkout_has_the_servers_settings(tmp_path: Path, url: s
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert asyncio.run(migrate.is_current(url))
+    assert asyncio.run(migrate.is_current(file_url))
 
 
 def test_alembic_reports_a_wrong_setting_in_one_line() -> None:

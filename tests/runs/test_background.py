@@ -1,6 +1,7 @@
 """Responses in the background: begun at once, waiting in the queue, run by whoever has room."""
 
 import asyncio
+from typing import Any
 
 import orjson
 import pytest
@@ -18,7 +19,7 @@ from tests.runs.stage import SESSION, Stage, events_of, output_text, parsed, sta
 CROWDED = Limits(max_background=1, max_queued=1)
 
 
-async def queued(stage: Stage, text: str = "waits", **fields: object) -> Tail:
+async def queued(stage: Stage, text: str = "waits", **fields: Any) -> Tail:
     """Ask for a background response that cannot begin at once."""
     waiting = await stage.ask(text, background=True, **fields)
     assert isinstance(waiting, Tail)

@@ -239,3 +239,15 @@ async def test_what_a_backend_remembers_is_written_before_it_goes_on(unhurried: 
     await until(lambda: unhurried.journal(run.id))
     hold.set()
     await events_of(run)
+
+
+async def test_a_long_journal_is_told_in_portions_so_that_others_have_their_turn(migrated_database: str) -> None:
+    words = [Text(0, str(number)) for number in range(1000)]
+    async with two(migrated_database) as (there, here):
+        run = await there.play(opened(), words, ended())
+        await run.ended
+        with (await tail_of(here, run.id)).follow() as follower:
+            first = await follower.next(10_000)
+            rest = [event async for event in _all(follower)]
+        assert 0 < len(first) < 500
+        assert parsed([*first, *rest]) == parsed(run.feed.events)

@@ -15,7 +15,8 @@ from responses_ingress.core.items import digest
 from responses_ingress.ids import Ids, named_thread, partition_of
 from responses_ingress.store.database import Database
 from responses_ingress.store.history import ThreadHead, find_thread, read_payloads
-from responses_ingress.store.responses import StoredResponse, find_response
+from responses_ingress.store.queue import claim_left_behind, claim_queued, enqueue, renew_leases
+from responses_ingress.store.responses import StoredResponse, find_response, load
 from responses_ingress.store.retention import delete_response
 from responses_ingress.store.tables import metadata
 from responses_ingress.store.turns import append_journal, begin, end
@@ -100,13 +101,10 @@ class Desk:
     def ending(
         self, response_id: str, placement: Placement, input: Sequence[str], output: Sequence[str], **facts: Any
     ) -> Unit[None]:
-        ending = Ending(
-            status="completed",
-            input=self.items(*input),
-            output=[self.item(text, "assistant") for text in output],
-        )
+        output_items = [self.item(text, "assistant") for text in output]
+        ending = Ending("completed", self.items(*input), output_items, lingers=False)
         owner = facts.pop("owner", self.owner)
-        return end(response_id, owner, placement, replace(ending, lingers=False, **facts))
+        return end(response_id, owner, placement, replace(ending, **facts))
 
     async def end(
         self, response_id: str, placement: Placement, input: Sequence[str], output: Sequence[str], **facts: Any
@@ -119,6 +117,37 @@ class Desk:
         response_id = await self.begin(placement, **beginning)
         await self.end(response_id, placement, [said], [answer], **facts)
         return response_id
+
+    # Between workers.
+
+    async def wait(self, thread_id: str | None = None, most: int = 100, tenant: str = "", **facts: Any) -> str:
+        """Let a response wait in the queue: its id."""
+        placement = Placement(tenant, thread_id or self.chain().thread_id, None, "", 0, 0, "")
+        new = self.new(placement, **{"status": "queued", "background": True, "request": b"{}", **facts})
+        await self.database.submit(enqueue(new, placement, most))
+        return new.id
+
+    async def claim(self, most: int = 10) -> list[StoredResponse]:
+        """Claim what waits in the queue."""
+        async with self.database.transaction() as connection:
+            return await claim_queued(connection, self.owner, self.clock(), most)
+
+    async def claim_left(self) -> list[StoredResponse]:
+        """Claim what others have left behind."""
+        async with self.database.transaction() as connection:
+            return await claim_left_behind(connection, self.owner, self.clock())
+
+    def as_owner(self, row: StoredResponse) -> Owner:
+        """This worker, as the owner of what it has claimed."""
+        return replace(self.owner, epoch=row.epoch)
+
+    async def renew(self, response_id: str, until: float | None = None) -> None:
+        """Keep the lease of a response for as long as a fresh one."""
+        async with self.database.reading() as connection:
+            [row] = await load(connection, [response_id])
+        async with self.database.transaction() as connection:
+            until = until or self.clock() + LEASE
+            await renew_leases(connection, self.owner.name, {row.id: row.thread_id}, until)
 
     async def delete(self, response_id: str, tenant: str = "") -> bool:
         async with self.database.transaction() as connection:

@@ -1,18 +1,19 @@
-"""An open database: reading beside writing, transactions of one's own, leases, and failures in plain words."""
+"""An open database: reading beside writing, transactions of one's own, failures in plain words, and the time."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 import pytest
 from sqlalchemy import func, insert, select, text
 
 from responses_ingress.errors import InvalidRequest, StoreUnavailable
-from responses_ingress.store.database import Database, renew_leases
-from responses_ingress.store.responses import find_expired
+from responses_ingress.store.database import Database, DatabaseClock
 from responses_ingress.store.tables import preambles
 from responses_ingress.store.writer import Unit
-from tests.store.desk import LEASE, NOW, Clock, Desk
+from tests.store.desk import NOW, Clock, Desk
 
 INSERT = insert(preambles)
 
@@ -156,23 +157,62 @@ async def test_an_error_of_ours_passes_through_as_it_is(desk: Desk) -> None:
     assert await stored(desk.database) == 0
 
 
-async def test_renewing_prolongs_the_leases_of_a_workers_responses_and_threads(desk: Desk, other_desk: Desk) -> None:
-    mine = [await desk.begin(await desk.session(key)) for key in ("a", "b")]
-    theirs = await other_desk.begin(await other_desk.session("c"))
-    async with desk.database.transaction() as connection:
-        await renew_leases(connection, desk.owner.name, [*mine[:1], theirs], NOW + 10 * LEASE)
-    desk.clock.now += LEASE + 1
-    async with desk.database.reading() as connection:
-        assert {row.id for row in await find_expired(connection, desk.clock())} == {mine[1], theirs}
-    thread = await desk.thread("a")
-    assert thread is not None and thread.lease_until == NOW + 10 * LEASE
-    thread = await desk.thread("b")
-    assert thread is not None and thread.lease_until == NOW + LEASE
+# The time.
 
 
-async def test_renewing_what_has_ended_changes_nothing(desk: Desk) -> None:
-    ended = await desk.turn(await desk.session(), "a", "1")
-    thread, row = await desk.thread(), await desk.row(ended)
-    async with desk.database.transaction() as connection:
-        await renew_leases(connection, desk.owner.name, [ended], NOW + 10 * LEASE)
-    assert (await desk.thread(), await desk.row(ended)) == (thread, row)
+async def told(database: Database) -> float:
+    """What PostgreSQL's clock says."""
+    async with database.reading() as connection:
+        return float((await connection.execute(text("SELECT extract(epoch FROM clock_timestamp())"))).scalar_one())
+
+
+@pytest.mark.parametrize("wrong", [0.0, 4e9], ids=["long ago", "far ahead"])
+async def test_a_clock_that_follows_the_database_forgets_what_its_host_says(
+    postgres_database: str, wrong: float
+) -> None:
+    clock = DatabaseClock()
+    clock.set(wrong)
+    database = Database(postgres_database, clock)
+    await database.keep_time()
+    before = await told(database)
+    now = clock()
+    after = await told(database)
+    assert before - 0.05 <= now <= after + 0.05
+    assert now < clock() < now + 10  # and it goes on
+    await database.close()
+
+
+async def test_hosts_whose_clocks_differ_agree_on_the_time(postgres_database: str) -> None:
+    clocks = [DatabaseClock(), DatabaseClock()]
+    databases = [Database(postgres_database, clock) for clock in clocks]
+    for clock, database in zip(clocks, databases, strict=True):
+        clock.set(clock() + (3600 if clock is clocks[0] else -3600))
+        await database.keep_time()
+    assert abs(clocks[0]() - clocks[1]()) < 0.1
+    for database in databases:
+        await database.close()
+
+
+async def test_the_time_is_right_where_the_question_had_to_wait(postgres_database: str) -> None:
+    """Every connection is taken: what waiting for one took is no part of the answer's way."""
+    clock = DatabaseClock()
+    database = Database(postgres_database, clock)
+    async with AsyncExitStack() as stack:
+        for _ in range(8):
+            await stack.enter_async_context(database.reading())
+        asking = asyncio.create_task(database.keep_time())
+        await asyncio.wait((asking,), timeout=1)
+        assert not asking.done()
+    await asking
+    before = await told(database)
+    assert before - 0.05 <= clock() <= await told(database) + 0.05
+    await database.close()
+
+
+async def test_a_clock_of_another_kind_is_left_alone(desk: Desk) -> None:
+    await desk.database.keep_time()
+    assert desk.database.clock() == NOW
+
+
+def test_until_it_is_told_a_clock_says_what_its_host_says() -> None:
+    assert abs(DatabaseClock()() - time.time()) < 1

@@ -4,13 +4,16 @@ import asyncio
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from responses_ingress.store import engine as engine_module
 from responses_ingress.store.engine import is_sqlite, read_engine, write_engine
 from responses_ingress.store.tables import branches
+from responses_ingress.store.wake import Bell
 from responses_ingress.store.writer import Batch, Unit, Writer
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +44,7 @@ def add_one(batch: Batch) -> None:
 async def count_up(url: str, times: int) -> None:
     """As one worker does, a transaction for each."""
     engine = write_engine(url)
-    writer = Writer(engine, lambda: 0.0)
+    writer = Writer(engine, lambda: 0.0, Bell())
     for _ in range(times):
         await writer.submit(Unit(add_one, branches=("b",)))
     await writer.close()
@@ -139,3 +142,25 @@ async def test_more_readers_than_connections_take_turns(each_database: str) -> N
 
     assert await asyncio.gather(*(read() for _ in range(40))) == [1] * 40
     await engine.dispose()
+
+
+@pytest.mark.parametrize("make", [read_engine, write_engine])
+@pytest.mark.parametrize("rest", [0.0, 3600.0])
+async def test_a_connection_lost_while_nobody_used_it_is_replaced(
+    make: Callable[[str], AsyncEngine], rest: float, postgres_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nobody has heard of its end: one that has rested is tried."""
+    monkeypatch.setattr(engine_module, "_REST", rest)
+    engine = make(postgres_database)
+    async with engine.connect() as connection:
+        backend = (await connection.execute(text("SELECT pg_backend_pid()"))).scalar_one()
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+    killer = write_engine(postgres_database)
+    async with killer.begin() as connection:
+        await connection.execute(text(f"SELECT pg_terminate_backend({backend}, 10000)"))
+    while rest and not driver.is_closed():  # noqa: ASYNC110
+        await asyncio.sleep(0.005)
+    async with engine.connect() as connection:
+        assert (await connection.execute(text("SELECT pg_backend_pid()"))).scalar_one() != backend
+    await engine.dispose()
+    await killer.dispose()

@@ -11,23 +11,18 @@ from sqlalchemy import select
 
 from responses_ingress.errors import PlacementOutdated, StaleWriter, StoreUnavailable, ThreadBusy
 from responses_ingress.ids import named_thread
-from responses_ingress.store.database import renew_leases
 from responses_ingress.store.history import read_payloads
-from responses_ingress.store.responses import find_expired, read_input, read_journal, read_output
-from responses_ingress.store.tables import threads
-from responses_ingress.store.turns import append_journal, begin, end, take_over
-from responses_ingress.store.values import Ending, Owner, Placement
+from responses_ingress.store.queue import claim_left_behind
+from responses_ingress.store.responses import read_input, read_journal, read_output
+from responses_ingress.store.tables import responses, threads
+from responses_ingress.store.turns import append_journal, begin, end
+from responses_ingress.store.values import DEFAULT_KEEP, Ending, Entry, Keep, Owner, Placement
 from tests.store.desk import LEASE, NOW, Desk
 
 
 async def outcomes(futures: Sequence[asyncio.Future[None]]) -> list[type[BaseException] | None]:
     found = await asyncio.gather(*futures, return_exceptions=True)
     return [None if one is None else type(one) for one in found]
-
-
-async def expired(desk: Desk) -> list[str]:
-    async with desk.database.reading() as connection:
-        return [row.id for row in await find_expired(connection, desk.clock())]
 
 
 async def own_items(desk: Desk, response_id: str, tenant: str = "") -> tuple[list[str], list[str]]:
@@ -38,13 +33,27 @@ async def own_items(desk: Desk, response_id: str, tenant: str = "") -> tuple[lis
     return ([item["content"] for item in items[0]], [item["content"] for item in items[1]])
 
 
+async def times(desk: Desk, response_id: str) -> tuple[float | None, float | None]:
+    """Until when a response's journal is kept, and when it expires."""
+    query = select(responses.c.journal_until, responses.c.expires_at).where(responses.c.id == response_id)
+    async with desk.database.reading() as connection:
+        until, expires = (await connection.execute(query)).one()
+    return until, expires
+
+
 async def journaled(desk: Desk, response_id: str) -> int:
     async with desk.database.reading() as connection:
         return len(await read_journal(connection, response_id))
 
 
-async def take(desk: Desk, response_id: str, epoch: int, owner: Owner) -> None:
-    await desk.database.submit(take_over(response_id, epoch, owner))
+async def taken_over(desk: Desk, response_id: str) -> Owner:
+    """Let the response's lease run out, and another worker claim it: who that is."""
+    desk.clock.now += LEASE
+    another = Owner("another", 0, LEASE)
+    async with desk.database.transaction() as connection:
+        rows = await claim_left_behind(connection, another, desk.clock())
+    assert [row.id for row in rows] == [response_id]
+    return replace(another, epoch=rows[0].epoch)
 
 
 # Beginning.
@@ -165,12 +174,10 @@ async def test_a_turn_whose_lease_ran_out_does_not_keep_the_session(desk: Desk) 
 async def test_a_renewed_lease_keeps_the_session(desk: Desk) -> None:
     response_id = await desk.begin(await desk.session())
     desk.clock.now += LEASE - 1
-    async with desk.database.transaction() as connection:
-        await renew_leases(connection, desk.owner.name, [response_id], desk.clock() + LEASE)
+    await desk.renew(response_id)
     desk.clock.now += LEASE - 1
     with pytest.raises(ThreadBusy):
         await desk.begin(await desk.session())
-    assert await expired(desk) == []
 
 
 async def test_what_repeats_from_turn_to_turn_is_stored_once(desk: Desk) -> None:
@@ -195,30 +202,31 @@ async def test_a_response_that_exists_already_is_refused_and_stays(desk: Desk) -
 
 async def test_a_journal_is_read_in_the_order_it_was_written(desk: Desk) -> None:
     response_id = await desk.begin(desk.chain())
-    entries = [(first, 2, f"[{first}]".encode()) for first in (0, 2, 10, 4)]
+    entries = [Entry(first, 2, f"[{first}]".encode()) for first in (0, 2, 10, 4)]
     for entry in entries:
         await desk.database.submit(append_journal(response_id, desk.owner, "", entry))
     async with desk.database.reading() as connection:
-        assert await read_journal(connection, response_id) == [b"[0]", b"[2]", b"[4]", b"[10]"]
+        assert await read_journal(connection, response_id) == sorted(entries)
+        assert await read_journal(connection, response_id, 4) == sorted(entries)[2:]
 
 
 async def test_the_same_place_in_a_journal_is_written_once(desk: Desk) -> None:
+    """A batch whose commit nobody heard of is written again."""
     response_id = await desk.begin(desk.chain())
-    await desk.journal(response_id, 0)
-    with pytest.raises(StoreUnavailable):
-        await desk.journal(response_id, 0)
-    assert await journaled(desk, response_id) == 1
+    for payload in (b"[1]", b"[2]"):
+        await desk.database.submit(append_journal(response_id, desk.owner, "", Entry(0, 1, payload)))
+    async with desk.database.reading() as connection:
+        assert await read_journal(connection, response_id) == [Entry(0, 1, b"[1]")]
 
 
 # Ending.
 
 
-async def test_an_end_puts_input_and_output_on_the_branch_and_drops_the_journal(desk: Desk) -> None:
+async def test_an_end_puts_input_and_output_on_the_branch(desk: Desk) -> None:
     placement = desk.chain()
-    response_id = await desk.begin(placement, input=b'[{"content":"a"}]')
-    await desk.journal(response_id, 0)
+    response_id = await desk.begin(placement, input=b'[{"content":"a"}]', request=b"{}")
     await desk.end(
-        response_id, placement, ["a", "b"], ["1"], usage=b'{"total_tokens":3}', completed_at=5, envelope=b'{"y":2}'
+        response_id, placement, ["a", "b"], ["1"], usage=b'{"total_tokens":3}', completed_at=5, echo=b'{"y":2}'
     )
     row = await desk.row(response_id)
     assert (row.status, row.branch_id, row.first, row.own, row.output_at, row.stop) == (
@@ -229,16 +237,52 @@ async def test_an_end_puts_input_and_output_on_the_branch_and_drops_the_journal(
         2,
         3,
     )
-    assert (row.usage, row.completed_at, row.envelope, row.input, row.output) == (
+    assert (row.usage, row.completed_at, row.envelope, row.echo, row.input, row.output) == (
         b'{"total_tokens":3}',
         5,
+        b'{"model":"m"}',
         b'{"y":2}',
         None,
         None,
     )
+    assert (row.owner, row.request, row.asked) == (None, None, None)
     assert await desk.lineage(response_id) == ["a", "b", "1"]
     assert await own_items(desk, response_id) == (["a", "b"], ["1"])
+
+
+async def test_an_end_that_lingers_keeps_its_journal_to_the_end_for_a_while(desk: Desk) -> None:
+    placement = desk.chain()
+    response_id = await desk.begin(placement)
+    await desk.journal(response_id, 0)
+    last = Entry(1, 2, b'["the end"]')
+    await desk.end(
+        response_id, placement, ["a"], ["1"], journal=last, lingers=True, keep=Keep(journal=60, response=900)
+    )
+    async with desk.database.reading() as connection:
+        assert await read_journal(connection, response_id) == [Entry(0, 1, b'["deltas"]'), last]
+    assert await times(desk, response_id) == (NOW + 60, NOW + 900)
+
+
+async def test_an_end_that_nobody_can_come_back_to_drops_its_journal(desk: Desk) -> None:
+    placement = desk.chain()
+    response_id = await desk.begin(placement)
+    await desk.journal(response_id, 0)
+    await desk.end(response_id, placement, ["a"], ["1"], journal=Entry(1, 2, b"[]"), keep=Keep(response=900))
     assert await journaled(desk, response_id) == 0
+    assert await times(desk, response_id) == (None, NOW + 900)
+
+
+@pytest.mark.parametrize("status", ["completed", "failed"])
+async def test_what_is_not_stored_may_linger_as_long_as_its_journal(desk: Desk, status: str) -> None:
+    """It ran in the background, or may be asked for by the same request again."""
+    placement = await desk.session()
+    response_id = await desk.begin(placement, store=False)
+    await desk.end(
+        response_id, placement, ["a"], ["1"], status=status, store=False, lingers=True, journal=Entry(0, 9, b"[]")
+    )
+    assert await journaled(desk, response_id) == 1
+    assert await times(desk, response_id) == (NOW + DEFAULT_KEEP.journal, NOW + DEFAULT_KEEP.journal)
+    assert await desk.history() == (["a", "1"] if status == "completed" else [])
 
 
 async def test_an_end_gives_the_session_back_and_moves_its_branch(desk: Desk) -> None:
@@ -295,11 +339,6 @@ async def test_what_is_not_stored_and_fails_leaves_nothing(desk: Desk) -> None:
     assert [await desk.count(table) for table in ("responses", "journal", "items")] == [0, 0, 0]
 
 
-async def test_a_response_without_a_journal_ends_as_well(desk: Desk) -> None:
-    await desk.turn(desk.chain(), "a", "1", journaled=False)
-    assert await desk.count("items") == 2
-
-
 async def test_what_a_backend_remembers_is_kept_on_the_session(desk: Desk) -> None:
     await desk.turn(await desk.session(), "a", "1", memory=b'{"id":"up_1"}')
     await desk.turn(await desk.session(), "b", "2")
@@ -313,7 +352,7 @@ async def test_items_keep_their_payload_to_the_byte(desk: Desk, status: str) -> 
     item = replace(desk.item("x"), payload=payload)
     placement = desk.chain()
     response_id = await desk.begin(placement)
-    ending = Ending(status, b"{}", [item, item], [item])
+    ending = Ending(status, [item, item], [item])
     await desk.database.submit(end(response_id, desk.owner, placement, ending))
     row = await desk.row(response_id)
     if row.branch_id is None:
@@ -458,7 +497,7 @@ async def test_a_turn_whose_branch_is_gone_is_refused(desk: Desk) -> None:
 
 def writes(desk: Desk, response_id: str, placement: Placement) -> dict[str, Any]:
     return {
-        "journal": append_journal(response_id, desk.owner, "", (0, 1, b"[]")),
+        "journal": append_journal(response_id, desk.owner, "", Entry(0, 1, b"[]")),
         "end": desk.ending(response_id, placement, ["a"], ["1"]),
         "end unstored": desk.ending(response_id, placement, ["a"], ["1"], store=False),
     }
@@ -468,12 +507,12 @@ def writes(desk: Desk, response_id: str, placement: Placement) -> dict[str, Any]
 async def test_a_run_that_was_taken_over_writes_nothing_more(desk: Desk, write: str) -> None:
     placement = await desk.session()
     response_id = await desk.begin(placement)
-    await take(desk, response_id, 1, Owner("another", 2, LEASE))
+    another = await taken_over(desk, response_id)
     with pytest.raises(StaleWriter):
         await desk.database.submit(writes(desk, response_id, placement)[write])
     assert (await desk.row(response_id)).running
     assert [await desk.count(table) for table in ("items", "journal")] == [0, 0]
-    await desk.end(response_id, placement, ["a"], ["2"], owner=Owner("another", 2, LEASE))
+    await desk.end(response_id, placement, ["a"], ["2"], owner=another)
     assert await desk.history() == ["a", "2"]
 
 
@@ -508,51 +547,11 @@ async def test_of_two_endings_in_one_transaction_one_counts(desk: Desk, store: b
     assert (await desk.count("items"), await desk.count("branches")) == (4, 1)
 
 
-async def test_of_two_workers_that_take_over_one_has_it(desk: Desk, other_desk: Desk) -> None:
-    response_id = await desk.begin(desk.chain())
-    takings = [
-        worker.database.submit(take_over(response_id, 1, Owner(worker.owner.name, 2, LEASE)))
-        for worker in (desk, other_desk, desk)
-    ]
-    assert sorted(await outcomes(takings), key=str) == [StaleWriter, StaleWriter, None]
-    assert (await desk.row(response_id)).epoch == 2
-
-
-async def test_what_is_unknown_is_not_taken_over(desk: Desk) -> None:
-    with pytest.raises(StaleWriter):
-        await take(desk, "resp_unknown", 1, Owner("another", 2, LEASE))
-
-
-async def test_a_response_left_behind_is_found_once_its_lease_has_run_out(desk: Desk) -> None:
-    stored = await desk.begin(desk.chain())
-    unstored = await desk.begin(await desk.session(), store=False)
-    await desk.turn(desk.chain(), "a", "1")
-    assert await expired(desk) == []
-    desk.clock.now += LEASE + 1
-    assert set(await expired(desk)) == {stored, unstored}
-    await take(desk, stored, 1, Owner("another", 2, LEASE))
-    assert await expired(desk) == [unstored]
-
-
-async def test_a_lease_is_renewed_by_its_owner_only(desk: Desk) -> None:
-    response_id = await desk.begin(desk.chain())
-    later = NOW + 10 * LEASE
-    async with desk.database.transaction() as connection:
-        await renew_leases(connection, "somebody else", [response_id], later)
-    desk.clock.now += LEASE + 1
-    assert await expired(desk) == [response_id]
-    async with desk.database.transaction() as connection:
-        await renew_leases(connection, desk.owner.name, [response_id], later)
-    assert await expired(desk) == []
-
-
 async def test_who_takes_over_a_session_turn_gives_the_session_back(desk: Desk) -> None:
     await desk.turn(await desk.session(), "a", "1")
     placement = await desk.session()
     response_id = await desk.begin(placement, input=b'[{"content":"b"}]')
-    desk.clock.now += LEASE + 1
-    another = Owner("another", 2, LEASE)
-    await take(desk, response_id, 1, another)
+    another = await taken_over(desk, response_id)
     await desk.end(response_id, placement, ["b"], ["half"], status="failed", owner=another)
     thread = await desk.thread()
     assert thread is not None and thread.running is None

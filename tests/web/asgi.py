@@ -131,6 +131,9 @@ class Site:
     async def get(self, target: str, headers: Mapping[str, str] | None = None) -> Answer:
         return await self.visit("GET", target, headers=headers).answer()
 
+    async def post(self, target: str, headers: Mapping[str, str] | None = None) -> Answer:
+        return await self.visit("POST", target, headers=headers).answer()
+
     async def delete(self, target: str, headers: Mapping[str, str] | None = None) -> Answer:
         return await self.visit("DELETE", target, headers=headers).answer()
 
@@ -153,9 +156,11 @@ async def opened_site(
     limits: Limits | None = None,
     requests: RequestLimits | None = None,
     keys: Keyring | None = None,
+    seed: int = 1,
 ) -> AsyncIterator[Site]:
-    """The application over the database at `url`, started and stopped as a server would."""
-    async with staged(url, limits) as stage:
+    """The application over the database at `url`, started and stopped as a server would. Two at a time need
+    different seeds."""
+    async with staged(url, limits, seed=seed) as stage:
         keyring = keys or Keyring()
         responses = Responses(stage.runner, stage.database, keyring, requests or RequestLimits(), stream)
         web = Web(responses, Models(stage.runner, keyring), Health(stage.database, stage.metrics))
