@@ -3,17 +3,19 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 from sqlalchemy import make_url
 
 from responses_ingress.errors import StoreUnavailable
 from responses_ingress.store.database import Database
-from responses_ingress.store.writer import Batch, Unit
+from responses_ingress.store.queue import sign
 from tests.cable import Cable
 from tests.conftest import shown
 
 PATIENCE = 0.3
+WRITE = sign("resp_none", 1.0)
 
 
 @pytest.fixture
@@ -32,28 +34,24 @@ async def database(cable: Cable, postgres_database: str) -> AsyncIterator[Databa
     await database.close()
 
 
-def nothing(batch: Batch) -> None:
-    """A unit of work that changes nothing; its transaction is one all the same."""
-
-
 async def test_who_reads_or_writes_is_told_soon(cable: Cable, database: Database) -> None:
-    await database.submit(Unit(nothing))
+    await database.submit(WRITE)
     cable.stall()
     async with asyncio.timeout(10 * PATIENCE):
         with pytest.raises(StoreUnavailable):
             await database.check()
         with pytest.raises(StoreUnavailable):
-            await database.submit(Unit(nothing))
+            await database.submit(WRITE)
     cable.mend()
     await database.check()
-    await database.submit(Unit(nothing))
+    await database.submit(WRITE)
 
 
 async def test_work_under_way_waits_and_is_written(cable: Cable, database: Database) -> None:
     cable.stall()
-    written = database.submit(Unit(nothing, patient=True))
+    written = database.submit(replace(WRITE, patient=True))
     with pytest.raises(StoreUnavailable):
-        await database.submit(Unit(nothing))
+        await database.submit(WRITE)
     assert not written.done()
     cable.mend()
     await written
