@@ -2,8 +2,8 @@
 
 What must stay true: the first SIGTERM or SIGINT lets running turns end or hands them over, and the exit code is
 then 0; a second one ends everything at once, and what that leaves behind is found by its leases; a worker that
-dies is replaced; one that cannot start stops all; no worker outlives the process that watches it. It must not know
-what is served.
+dies is replaced; where one cannot start before any has, all is stopped; no worker outlives the process that watches
+it. It must not know what is served.
 """
 
 import asyncio
@@ -21,6 +21,7 @@ from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from multiprocessing.process import BaseProcess, parent_process
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -59,7 +60,18 @@ class Server(uvicorn.Server):
 
 class _Worker(Server):
     """One of several. A terminal's Ctrl-C and systemd's stop signal every process of a service, and then the one
-    that watches tells its workers too: what comes twice is still one signal. At a second one it kills them."""
+    that watches tells its workers too: what comes twice is still one signal. At a second one it kills them.
+
+    started: memory to say in that it has.
+    """
+
+    def __init__(self, config: uvicorn.Config, started: Any) -> None:
+        super().__init__(config)
+        self._told = started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._told.value = self._told.value or self.started
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.should_exit = True
@@ -92,10 +104,11 @@ class _Fleet:
 
     def __init__(self, listener: socket.socket, make_config: Callable[[], uvicorn.Config]) -> None:
         self._listener = listener
-        self._given = (listener, make_config)
+        # Bare shared memory: a worker that is killed must not take a lock with it.
+        self._started = multiprocessing.get_context("spawn").RawValue("b", 0)
+        self._given = (listener, make_config, self._started)
         self._workers: list[SpawnProcess] = []
         self._stopping = False
-        self._proven = False
         self._code = 0
 
     def start(self, count: int) -> None:
@@ -126,20 +139,19 @@ class _Fleet:
                 self._listener.close()
             dead = [worker for worker in self._workers if not worker.is_alive()]
             self._workers = [worker for worker in self._workers if worker not in dead]
-            if any(worker.exitcode == CANNOT_START for worker in dead) and not (self._stopping or self._proven):
+            if any(worker.exitcode == CANNOT_START for worker in dead) and not (self._stopping or self._started.value):
                 self._code = CANNOT_START
                 self._end()
             if dead and not self._stopping:
                 logger.error("%d of the workers died and are replaced", len(dead))
-                self._proven = True  # they could start once: what keeps them from it now may pass
                 time.sleep(_PAUSE)
                 self.start(0 if self._stopping else len(dead))
         return self._code
 
 
-def _work(listener: socket.socket, make_config: Callable[[], uvicorn.Config]) -> None:
+def _work(listener: socket.socket, make_config: Callable[[], uvicorn.Config], started: Any) -> None:
     """A worker's whole life."""
-    server = _Worker(make_config())
+    server = _Worker(make_config(), started)
     parent = parent_process()
     assert parent is not None, "a worker has one"
     threading.Thread(target=server.stop_with, args=(parent,), daemon=True).start()

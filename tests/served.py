@@ -4,12 +4,14 @@ as quickly as Python does.
     python -c "from tests.served import main; main()" PORT WORKERS
 
 It says in its answers which process answers (`/`), ends that process (`/crash`), and is told by the environment
-how it starts and stops: `SERVED_FAILS` keeps it from starting; `SERVED_GRACE` is how many seconds it takes to stop.
+how it starts and stops: `SERVED_FAILS` names a file that keeps it from starting while it is there; `SERVED_GRACE`
+is how many seconds it takes to stop.
 """
 
 import asyncio
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -38,12 +40,16 @@ class _App:
 
 async def _live(receive: Any, send: Any) -> None:
     await receive()
-    if FAILS in os.environ:
+    if _fails():
         await send({"type": "lifespan.startup.failed", "message": "It does not want to."})
         return
     await send({"type": "lifespan.startup.complete"})
     await receive()
     await send({"type": "lifespan.shutdown.complete"})
+
+
+def _fails() -> bool:
+    return FAILS in os.environ and Path(os.environ[FAILS]).exists()
 
 
 def make_config() -> uvicorn.Config:

@@ -136,10 +136,27 @@ async def test_a_worker_that_dies_is_replaced() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-async def test_what_cannot_start_ends_with_a_code_that_says_so(workers: int) -> None:
-    async with served(workers, {FAILS: "yes"}) as server:
+async def test_what_cannot_start_ends_with_a_code_that_says_so(workers: int, tmp_path: Path) -> None:
+    (fails := tmp_path / "fails").touch()
+    async with served(workers, {FAILS: str(fails)}) as server:
         await server.said("It does not want to.")
         assert await server.process.wait() == CANNOT_START
+
+
+async def test_a_replacement_that_cannot_start_is_tried_again_and_the_others_go_on(tmp_path: Path) -> None:
+    """As when a worker dies while the database is away."""
+    fails = tmp_path / "fails"
+    async with served(2, {FAILS: str(fails)}) as server:
+        await server.said("Application startup complete", 2)
+        fails.touch()
+        with contextlib.suppress(OSError):
+            await server.ask("/crash")
+        await server.said("It does not want to.", 2)
+        assert await server.answering()
+        fails.unlink()
+        await server.said("Application startup complete")
+        server.process.send_signal(signal.SIGTERM)
+        assert await server.process.wait() == 0
 
 
 async def test_workers_end_when_the_process_that_watches_them_is_gone() -> None:

@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from responses_ingress.errors import StoreUnavailable
 from responses_ingress.ids import Clock
-from responses_ingress.store.engine import is_sqlite, listen_engine, read_engine, write_engine
+from responses_ingress.store.engine import PATIENCE, is_sqlite, listen_engine, read_engine, write_engine
 from responses_ingress.store.wake import Bell, hear
 from responses_ingress.store.writer import T, Unit, Writer, kind
 
@@ -57,17 +57,19 @@ class DatabaseClock:
 class Database:
     """Open it inside the running loop; close it there.
 
-    clock: the time that leases are counted by. bell: what to listen to for changes.
+    clock: the time that leases are counted by. patience: seconds that PostgreSQL has to answer. bell: what to
+    listen to for changes.
     """
 
-    def __init__(self, url: str, clock: Clock, synchronous: str = "normal") -> None:
+    def __init__(self, url: str, clock: Clock, synchronous: str = "normal", patience: float = PATIENCE) -> None:
         self.clock = clock
         self.bell = Bell()
-        self._read = read_engine(url, synchronous)
-        self._write = write_engine(url, synchronous)
+        self._read = read_engine(url, synchronous, patience)
+        self._write = write_engine(url, synchronous, patience)
         self._writer = Writer(self._write, clock, self.bell)
-        self._listen = None if is_sqlite(url) else listen_engine(url)
-        self._ears = asyncio.create_task(hear(self._listen, self.bell), name="store-ears") if self._listen else None
+        self._listen = None if is_sqlite(url) else listen_engine(url, patience)
+        ears = hear(self._listen, self.bell, patience) if self._listen else None
+        self._ears = asyncio.create_task(ears, name="store-ears") if ears else None
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:

@@ -16,19 +16,25 @@ from sqlalchemy.pool import ConnectionPoolEntry, NullPool
 
 _BUSY_TIMEOUT_MS = 10_000
 _READERS = 4
-_CONNECT, _ANSWER = 5.0, 20.0  # seconds
 _REST = 1.0
 """Seconds after which a connection is tried before it is used. (SQLAlchemy's own way, every time, is three of the
 writer's twelve round trips to PostgreSQL.)"""
+
+PATIENCE = 15.0
+"""Seconds that a worker waits for PostgreSQL's answer, and it for what a transaction does next. A connection that is
+lost in silence, as when a host or a network is gone, would else be waited for as long as TCP tries, a quarter of an
+hour and more; and the locks of a worker that is gone would stay."""
+
+_CONNECT = 10.0
 
 
 def is_sqlite(url: str) -> bool:
     return url.startswith("sqlite")
 
 
-def write_engine(url: str, synchronous: str = "normal", *, patient: bool = False) -> AsyncEngine:
-    """The one connection of the writer. `patient`: a statement may take as long as it does, as in a migration."""
-    engine = create_async_engine(url, pool_size=1, max_overflow=1, hide_parameters=True, **_limits(url, patient))
+def write_engine(url: str, synchronous: str = "normal", patience: float | None = None) -> AsyncEngine:
+    """The one connection of the writer. patience: seconds that PostgreSQL has for a statement."""
+    engine = create_async_engine(url, pool_size=1, max_overflow=1, hide_parameters=True, **_options(url, patience))
     if is_sqlite(url):
         _on_connect(engine, synchronous)
         event.listen(engine.sync_engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
@@ -37,9 +43,9 @@ def write_engine(url: str, synchronous: str = "normal", *, patient: bool = False
     return engine
 
 
-def read_engine(url: str, synchronous: str = "normal") -> AsyncEngine:
+def read_engine(url: str, synchronous: str = "normal", patience: float | None = None) -> AsyncEngine:
     """Connections for reading, outside any transaction."""
-    options: dict[str, Any] = {"isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None, **_limits(url)}
+    options = {**_options(url, patience), "isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None}
     engine = create_async_engine(url, pool_size=_READERS, max_overflow=_READERS, hide_parameters=True, **options)
     if is_sqlite(url):
         _on_connect(engine, synchronous)
@@ -48,18 +54,22 @@ def read_engine(url: str, synchronous: str = "normal") -> AsyncEngine:
     return engine
 
 
-def listen_engine(url: str) -> AsyncEngine:
+def listen_engine(url: str, patience: float | None = None) -> AsyncEngine:
     """PostgreSQL: the one connection that listens. It stays open for as long as the process."""
-    options = {"isolation_level": "AUTOCOMMIT", **_limits(url)}
-    return create_async_engine(url, poolclass=NullPool, hide_parameters=True, **options)
+    options = {"poolclass": NullPool, "isolation_level": "AUTOCOMMIT", "hide_parameters": True}
+    return create_async_engine(url, **options, connect_args=_arguments(patience))
 
 
-def _limits(url: str, patient: bool = False) -> dict[str, Any]:
-    """How long PostgreSQL may take to connect and to answer: a host that is gone without a word must count as an
-    outage before the network gives up on it, after a quarter of an hour."""
-    if is_sqlite(url):
-        return {}
-    return {"connect_args": {"timeout": _CONNECT, "command_timeout": None if patient else _ANSWER}}
+def _options(url: str, patience: float | None) -> dict[str, Any]:
+    return {} if is_sqlite(url) else {"connect_args": _arguments(patience)}
+
+
+def _arguments(patience: float | None) -> dict[str, Any]:
+    """What asyncpg is given. Without `patience` there is no limit, as migrations need."""
+    if patience is None:
+        return {"timeout": _CONNECT}
+    settings = {"idle_in_transaction_session_timeout": str(round(patience * 1000))}
+    return {"timeout": min(_CONNECT, patience), "command_timeout": patience, "server_settings": settings}
 
 
 def _on_use(engine: AsyncEngine) -> None:
@@ -76,7 +86,7 @@ def _on_use(engine: AsyncEngine) -> None:
         if monotonic() - entry.info.get("rests_since", monotonic()) > _REST:
             try:
                 dialect.do_ping(connection)
-            except dialect.loaded_dbapi.Error as error:
+            except (dialect.loaded_dbapi.Error, OSError) as error:
                 raise InvalidatePoolError from error
 
     event.listen(engine.sync_engine, "checkin", rest)

@@ -94,7 +94,7 @@ async def transaction(url: str) -> AsyncIterator[AsyncConnection]:
     """A connection of its own that nobody else migrates beside."""
     name = shown(url)
     try:
-        engine = write_engine(url, patient=True)
+        engine = write_engine(url)
     except ModuleNotFoundError as error:
         raise SettingsError(f"{error.name} is not installed: pip install 'responses-ingress[postgres]'.") from None
     try:

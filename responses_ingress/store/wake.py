@@ -24,6 +24,7 @@ CHANNEL = "responses_ingress"
 
 _MOST_PAYLOAD = 7_500  # bytes; PostgreSQL takes 7,999
 _RECONNECT = 1.0  # seconds
+_PROBE = 15.0
 
 
 class Ear:
@@ -100,18 +101,18 @@ def payloads(topics: Iterable[str]) -> list[str]:
     return found
 
 
-async def hear(engine: AsyncEngine, bell: Bell) -> None:
+async def hear(engine: AsyncEngine, bell: Bell, probe: float = _PROBE) -> None:
     """Ring `bell` for what other processes tell through PostgreSQL, until cancelled. A connection that is lost
-    is made again, and then everybody is woken."""
+    is made again, and then everybody is woken; each `probe` seconds it is looked whether it is lost in silence."""
     while True:
         try:
-            await _hear_once(engine, bell)
+            await _hear_once(engine, bell, probe)
         except Exception as error:  # SQLAlchemy's, or the driver's own: without this no other worker is heard
             logger.warning("listening to other workers is interrupted: %s", type(error).__name__)
         await asyncio.sleep(_RECONNECT)
 
 
-async def _hear_once(engine: AsyncEngine, bell: Bell) -> None:
+async def _hear_once(engine: AsyncEngine, bell: Bell, probe: float) -> None:
     """Listen until the connection is lost."""
     lost = asyncio.Event()
     async with engine.connect() as connection:
@@ -119,8 +120,18 @@ async def _hear_once(engine: AsyncEngine, bell: Bell) -> None:
         driver.add_termination_listener(lambda _: lost.set())
         await driver.add_listener(CHANNEL, _ringer(bell))
         bell.ring_all()
-        await lost.wait()
-        await connection.invalidate()
+        try:
+            while not await _set_within(lost, probe):
+                await connection.exec_driver_sql("SELECT 1")
+        finally:
+            await connection.invalidate()
+
+
+async def _set_within(event: asyncio.Event, patience: float) -> bool:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(patience):
+            await event.wait()
+    return event.is_set()
 
 
 def _ringer(bell: Bell) -> Callable[[Any, int, str, str], None]:

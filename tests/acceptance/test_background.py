@@ -1,11 +1,9 @@
 """The openai SDK with what outlives a connection: background, resumed streams, cancel, retries, retention."""
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, Self
-from urllib.parse import urlsplit
+from typing import Any
 
 import openai
 import pytest
@@ -14,6 +12,7 @@ from openai.types.responses import Response
 
 from responses_ingress.settings import Settings
 from tests.acceptance.calls import BACKGROUND, call, create, created, ended, streaming
+from tests.cable import Cable
 from tests.invariants import check_stream
 from tests.server import running
 from tests.upstream import Reply, Say, Stream, Upstream, chunk, completion
@@ -41,45 +40,6 @@ async def url(upstream: Upstream, database: Path) -> AsyncIterator[str]:
 async def client(url: str) -> AsyncIterator[AsyncOpenAI]:
     async with AsyncOpenAI(base_url=url, api_key="test", max_retries=0) as client:
         yield client
-
-
-class Cable:
-    """What a client is connected through, for `cut` to pull: both ends see a connection that broke."""
-
-    def __init__(self, url: str) -> None:
-        self._target = urlsplit(url)
-        self._writers: set[asyncio.StreamWriter] = set()
-        self.connections = 0
-
-    async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._connect, "127.0.0.1", 0)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.close()
-        self.cut()
-        await self._server.wait_closed()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/v1"
-
-    def cut(self) -> None:
-        for writer in self._writers:
-            writer.transport.abort()
-
-    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.connections += 1
-        there = await asyncio.open_connection(self._target.hostname, self._target.port)
-        self._writers |= {writer, there[1]}
-        await asyncio.gather(self._pass(reader, there[1]), self._pass(there[0], writer))
-
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
-            while data := await reader.read(2**16):
-                writer.write(data)
-                await writer.drain()
-        writer.close()
 
 
 async def polled(client: AsyncOpenAI, response_id: str) -> Response:
@@ -208,7 +168,7 @@ async def test_a_retry_attaches_to_what_it_began_before(
     hold = asyncio.Event()
     answer = Stream([chunk({"content": "Once."}), chunk(finish="stop")], hold=hold)
     upstream.script(answer if stream else Reply(completion(Say("Once.")), hold=hold))
-    async with Cable(url) as cable, AsyncOpenAI(base_url=cable.url, api_key="test", max_retries=2) as client:
+    async with Cable(url) as cable, AsyncOpenAI(base_url=f"{cable.url}/v1", api_key="test", max_retries=2) as client:
         create: Any = client.responses.create
         asked = asyncio.create_task(create(model=MODEL, input="Hi", stream=stream, extra_headers=session))
         await upstream.called(1)

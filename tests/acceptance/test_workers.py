@@ -51,6 +51,7 @@ async def model() -> AsyncIterator[Upstream]:
 def upstream(model: Upstream) -> Upstream:
     """The one upstream of both servers, as good as new."""
     model.requests.clear()
+    model.answer = None
     assert model.unused == 0, "the test before this one has left answers"
     return model
 
@@ -356,7 +357,6 @@ async def test_under_load_an_outage_costs_answers_and_no_history(
                 while len(refused) < seen + 6:  # noqa: ASYNC110
                     await asyncio.sleep(0.02)
         outages.set()
-    upstream.answer = None
     with stranger(shown(database)) as connection:
         for left in (
             "SELECT id FROM responses WHERE status IN ('queued', 'in_progress')",
@@ -382,23 +382,29 @@ async def test_the_other_takes_over_what_a_killed_one_ran(pair: Pair, upstream: 
     here, there = pair
     session = {"session-id": "killed"}
     answer, _ = held("half ")
-    upstream.script(Say("One."), Drop(hold=asyncio.Event()), answer, Say("Again."))
+    upstream.script(Say("One."), Drop(hold=asyncio.Event()), answer)
     assert text_of(await created(here.url, {**ASK, "input": "one?"}, session)) == "One."
     behind = await created(here.url, {**BACKGROUND, "input": "in the background"})
     await upstream.called(2)
     async with streaming(here.url, {**STREAM, "input": "two?"}, "half ", session) as (_, id):
         await says(there.url, id, "half ")
         tail = asyncio.create_task(followed(there.url, id))
+        upstream.answer = lambda call: Say(f"To {call.json['messages'][-1]['content']}")
+        waiting = asyncio.create_task(created(there.url, {**ASK, "input": "three?"}, session))
         await here.kill()
     killed = time.monotonic()
     failed = await ended(there.url, id)
     again = await ended(there.url, behind["id"])
+    third = await waiting
     assert time.monotonic() - killed < LEASE + 3
     assert (failed["status"], failed["error"]["code"], text_of(failed)) == ("failed", "server_restarted", "half ")
     assert (await tail)[-1]["response"] == failed
-    assert (again["status"], text_of(again)) == ("completed", "Again.")
-    upstream.script(Say("Three."))
-    assert text_of(await created(there.url, {**ASK, "input": "three?"}, session)) == "Three."
-    assert sent(upstream) == [("user", "one?"), ("assistant", "One."), ("user", "three?")]
+    assert again["status"] == third["status"] == "completed"
+    assert text_of(again) == "To in the background"
+    asked = [[(one["role"], one["content"]) for one in call.json["messages"]] for call in upstream.calls[3:]]
+    assert sorted(asked, key=len) == [
+        [("user", "in the background")],
+        [("user", "one?"), ("assistant", "One."), ("user", "three?")],
+    ]
     await here.start()
     assert await retrieve(here.url, id) == failed
