@@ -1,5 +1,6 @@
 """Items: which are the same, which a client is sure to send back, and how they read."""
 
+import tracemalloc
 from typing import Any
 
 import orjson
@@ -13,6 +14,7 @@ from responses_ingress.core.items import (
     is_model_made,
     last_user_text,
     listed,
+    packed,
     text_of,
     user_message,
 )
@@ -222,3 +224,14 @@ def test_the_last_user_text_is_the_last_user_messages() -> None:
     assert last_user_text([user("first"), user([input_text("last")]), assistant("answer"), CALL]) == "last"
     assert last_user_text([assistant("answer"), {"type": "message", "role": "developer", "content": "x"}]) == ""
     assert last_user_text([]) == ""
+
+
+def test_packed_json_takes_little_more_memory_than_its_bytes() -> None:
+    value = [{"text": "x" * 100}] * 10
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    kept = [packed(value) for _ in range(100)]
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept[0] == orjson.dumps(value)
+    assert after - before < 100 * (len(kept[0]) + 100)
