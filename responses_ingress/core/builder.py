@@ -30,6 +30,7 @@ from responses_ingress.core.deltas import (
     Remember,
     Text,
 )
+from responses_ingress.core.items import packed
 from responses_ingress.errors import IllegalDelta
 
 _TERMINAL = {
@@ -124,7 +125,7 @@ class Builder:
         if self.number:
             raise IllegalDelta("The response was started twice.")
         # Encoded once for the two or three events that show it: it holds the instructions and the tools.
-        self._opened = Fragment(b"" if self._silent else dumps(self._envelope))
+        self._opened = Fragment(b"" if self._silent else packed(self._envelope))
         self._emit("response.created", {"response": self._opened})
         if self.status == "queued":
             self._emit("response.queued", {"response": self._opened})
@@ -326,7 +327,7 @@ class Builder:
 
     def _emit(self, type: str, fields: Mapping[str, Any]) -> None:
         if not self._silent:
-            data = dumps({"type": type, "sequence_number": self.number, **fields})
+            data = packed({"type": type, "sequence_number": self.number, **fields})
             self._events.append(Event(self.number, type, data))
         self.number += 1
 

@@ -38,6 +38,12 @@ _MODEL_MADE = frozenset({"reasoning", "compaction", "mcp_list_tools", "mcp_appro
 _ANCHORS = frozenset({"message", "compaction", "additional_tools"}) | CALLS | OUTPUTS
 
 
+def packed(value: Any) -> bytes:
+    """`value` as JSON that is to be kept for a while: orjson (3.13) leaves what it made in a buffer of 4 to 14
+    times the size."""
+    return bytes(memoryview(orjson.dumps(value)))
+
+
 def user_message(text: str) -> Item:
     """The message item that a string `input` stands for."""
     return {"type": "message", "role": "user", "content": [{"type": "input_text", "text": text}]}

@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from responses_ingress.core.context import align
 from responses_ingress.core.deltas import Item
-from responses_ingress.core.items import OUTPUTS, digest, is_model_made
+from responses_ingress.core.items import OUTPUTS, digest, is_model_made, packed
 from responses_ingress.core.request import Caller, Request, Retry, digest16
 from responses_ingress.errors import (
     NotFound,
@@ -228,7 +228,7 @@ def _resolved(
     partition = partition_of(placement.thread_id)
     named = [item if isinstance(item.get("id"), str) else _named(item, ids, partition) for item in new]
     stored = [
-        NewItem(item["id"], item["type"], digests[at] if digests else digest(item), orjson.dumps(item))
+        NewItem(item["id"], item["type"], digests[at] if digests else digest(item), packed(item))
         for at, item in enumerate(named)
     ]
     return Resolved(placement.thread_id, placement, context, named, stored)

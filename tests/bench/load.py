@@ -41,6 +41,7 @@ class Job:
     api:         `responses`, or `chat` to ask the upstream itself.
     text:        the text every answer must hold.
     new_threads: give each request a thread of its own by header.
+    counts:      say which try it is, as the SDKs do.
     database:    for `chain`: the SQLite file to measure after every 50 turns.
     """
 
@@ -53,6 +54,7 @@ class Job:
     stream: bool = False
     api: Literal["responses", "chat"] = "responses"
     new_threads: bool = False
+    counts: bool = False
     database: str | None = None
     get: str = ""
     after: int = -1
@@ -257,6 +259,7 @@ def _request(job: Job, body: bytes, headers: Mapping[str, str] | None = None) ->
         "content-type: application/json",
         "authorization: Bearer bench",
         f"content-length: {len(body)}",
+        *(["x-stainless-retry-count: 0"] if job.counts else []),
         *(f"{name}: {value}" for name, value in (headers or {}).items()),
     ]
     return "\r\n".join([*lines, "", ""]).encode() + body

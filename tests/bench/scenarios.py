@@ -205,8 +205,8 @@ def _streamed(model: str, chunks: int, turns: int, concurrency: int) -> Job:
     return Job("load", _PORT, request, turns, streamed_text(chunks), concurrency, stream=True)
 
 
-def _small(store: bool) -> Job:
-    return Job("load", _PORT, bodies.body("small", store=store), 4000, SMALL_TEXT, 50)
+def _small(store: bool, counts: bool = False) -> Job:
+    return Job("load", _PORT, bodies.body("small", store=store), 4000, SMALL_TEXT, 50, counts=counts)
 
 
 def _codex(new_threads: bool) -> Job:
@@ -216,6 +216,7 @@ def _codex(new_threads: bool) -> Job:
 
 SCENARIOS: dict[str, Scenario] = {
     "S1": _throughput("S1", "small stored turns, c=50", _small(True), 1000, 2.0),
+    "S1r": _throughput("S1r", "the same with the SDKs' retry count, c=50", _small(True, counts=True), 1000, None),
     "S7": _throughput("S7", "small turns, store:false, c=50", _small(False), 1000, 1.5),
     "S2": _throughput("S2", "paced, 200 x 5 ms, c=50", _streamed("paced", PACED_CHUNKS, 200, 50), 100, 1.3, 200),
     "S2b": Throughput(

@@ -1,5 +1,6 @@
 """Items: which are the same, which a client is sure to send back, and how they read."""
 
+import tracemalloc
 from typing import Any
 
 import orjson
@@ -14,6 +15,7 @@ from responses_ingress.core.items import (
     is_model_made,
     last_user_text,
     listed,
+    packed,
     seal,
     text_of,
     unseal,
@@ -244,3 +246,14 @@ def test_a_backend_gets_back_what_it_sealed(content: str) -> None:
 @pytest.mark.parametrize("content", [None, "", "E", "claude", "claude2:E", "openai:claude:E", "Claude:E"])
 def test_what_another_made_is_not_unsealed(content: str | None) -> None:
     assert unseal("claude", content) is None
+
+
+def test_packed_json_takes_little_more_memory_than_its_bytes() -> None:
+    value = [{"text": "x" * 100}] * 10
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    kept = [packed(value) for _ in range(100)]
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept[0] == orjson.dumps(value)
+    assert after - before < 100 * (len(kept[0]) + 100)

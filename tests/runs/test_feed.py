@@ -190,3 +190,20 @@ async def test_leaving_leaves_nothing_behind_even_when_reading_raises(feed: Feed
         raise RuntimeError
     assert not feed.followed
     feed.publish([event(0)])
+
+
+async def test_a_crowd_is_woken_for_several_events_at_once_and_for_the_end_without_delay(feed: Feed) -> None:
+    followers = [feed.follow() for _ in range(100)]
+    waiting = [asyncio.create_task(follower.next(64)) for follower in followers]
+    await loop_turns()
+    feed.publish([event(0)])
+    await loop_turns()
+    assert not any(task.done() for task in waiting)
+    feed.publish([event(1)])
+    assert [numbers(events) for events in await asyncio.gather(*waiting)] == [[0, 1]] * 100
+    ends = [asyncio.create_task(follower.end()) for follower in followers]
+    await loop_turns()
+    feed.publish([event(2)])
+    feed.end()
+    await loop_turns()
+    assert all(task.done() for task in ends)
