@@ -299,7 +299,13 @@ def test_every_field_of_the_response_is_described() -> None:
 
 def sent(error: type[errors.IngressError] = errors.IngressError) -> Iterator[type[errors.IngressError]]:
     """The errors that reach clients."""
-    unsent = (errors.Cancelled, errors.PlacementOutdated, errors.ResponseRunning, errors.SettingsError)
+    unsent = (
+        errors.StaleWriter,
+        errors.Cancelled,
+        errors.PlacementOutdated,
+        errors.ResponseRunning,
+        errors.SettingsError,
+    )
     if error not in unsent:
         yield error
         for kind in error.__subclasses__():

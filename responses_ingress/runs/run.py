@@ -7,7 +7,8 @@ Its laws, one test each in tests/runs/test_run.py:
    when everything up to them is committed. Text in between may run ahead by one flush interval.
 3. One ending: status, items, branch, head and the thread's release are one transaction, and exactly one
    terminal event leaves on every path.
-4. Every write carries the lease's epoch; a stale writer fails, and shows nothing more than that it failed.
+4. Every write carries the lease's epoch; a stale writer fails, and shows nothing more: whoever followed it follows
+   the response elsewhere.
 5. An illegal or truncated upstream is a failed or incomplete response, never a malformed stream and
    never `completed`.
 6. Streaming and JSON replies are this same run with another follower.
@@ -41,6 +42,7 @@ from responses_ingress.errors import (
     InternalError,
     NotHandedOver,
     ServerRestarted,
+    StaleWriter,
     StoreUnavailable,
     UpstreamError,
     UpstreamTruncated,
@@ -416,10 +418,19 @@ class Run:
                 self.error = reason
                 return
             reason = ServerRestarted("The server was stopped while it was producing this response.")
+        if isinstance(reason, StaleWriter):
+            self._give_way()
+            return
         if isinstance(reason, Cancelled):
             self._kit.at("cancel")
             await self._cancel_upstream()
         await self._fail(reason)
+
+    def _give_way(self) -> None:
+        """Another process has the response. How it ends is not known here, so nothing of an end is told."""
+        self.handed_over = True
+        self.error = HandedOver("Another worker has taken over this response. Ask for it again.", retry_after=1)
+        logger.warning("response %s was taken over by another process", self.id)
 
     async def _hand_over(self) -> bool:
         """Whether another process may have the response from now on."""
@@ -453,6 +464,8 @@ class Run:
                 await _begun(self._record)
             self._feed_failure(error)
             await self._finish()
+        except StaleWriter:
+            self._give_way()
         except IngressError as reason:
             self._lose(reason)
 

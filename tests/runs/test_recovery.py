@@ -124,7 +124,8 @@ async def test_a_process_that_was_only_slow_shows_no_ending_of_its_own(migrated_
             row = found.row(left.id)
             hold.set()
             events = await events_of(left)
-            assert events[-1]["type"] == "response.failed"
+            assert not any(event["type"].endswith((".failed", ".completed")) for event in events)
+            assert left.cut
             assert found.row(left.id) == row
 
 
