@@ -157,8 +157,7 @@ class Conversation:
         while not whole.ended:
             whole = await resume(self._url, str(seen.id))
         check_stream(whole.events)
-        if not overtaken:
-            assert whole.events[-1] == seen.events[-1], "two followers were told different ends"
+        assert whole.events[-1] == seen.events[-1], "two followers were told different ends"
         self._check_text(seen, whole)
         return response
 
