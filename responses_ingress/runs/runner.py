@@ -249,16 +249,17 @@ class Runner:
             is_new = ear.add(busy.running)
             run = self.get(busy.running)
             if isinstance(busy, ThreadBusy):
-                await self._make_way(run, busy.running, ask=is_new)
+                await self._make_way(run, busy.running)
             if is_new and run is None:
                 return  # it may have ended before this one listened
         await ear.heard(min(POLL, left))
 
-    async def _make_way(self, run: Run | None, response_id: str, *, ask: bool) -> None:
-        """End the run that has the thread's turn, if nobody follows it; or ask its process to."""
+    async def _make_way(self, run: Run | None, response_id: str) -> None:
+        """End the run that has the thread's turn, if nobody follows it; or ask its process to. It is asked each time
+        that this is looked at: it forgets the wish while somebody follows the run."""
         if run is not None:
             await self._end_if_deserted(run, "The next turn of the thread has taken its place.")
-        elif ask:
+        else:
             await self.database.submit(ask_to_yield(response_id))
 
     async def _create(self, request: Request, caller: Caller) -> Run:

@@ -80,9 +80,17 @@ async def find_beyond(connection: AsyncConnection, most: int) -> list[str]:
     return list((await connection.execute(_BEYOND, {"most": most})).scalars())
 
 
+_FREE = (
+    select(responses.c.id)
+    .where(responses.c.id.in_(bindparam("ids", expanding=True)))
+    .order_by(responses.c.id)
+    .with_for_update(skip_locked=True)
+)
+
+
 async def delete_chosen(connection: AsyncConnection, ids: Sequence[str]) -> int:
-    """Delete these responses, those that are still there and have ended; how many."""
-    return await _delete(connection, ids)
+    """Delete these responses, those that are still there, have ended and are nobody's to delete just now; how many."""
+    return await _delete(connection, (await connection.execute(_FREE, {"ids": list(ids)})).scalars().all())
 
 
 _PAST = (

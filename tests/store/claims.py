@@ -8,7 +8,7 @@ from responses_ingress.store.queue import (
     is_any_due,
 )
 from responses_ingress.store.responses import StoredResponse
-from responses_ingress.store.retention import delete_chosen, find_beyond
+from responses_ingress.store.retention import MOST, delete_chosen, find_beyond
 from responses_ingress.store.tables import responses
 from responses_ingress.store.turns import begin_claimed
 from responses_ingress.store.values import Ending, Entry, Keep
@@ -49,5 +49,5 @@ async def begin_waiting(desk: Desk, row: StoredResponse, key: str | None = None)
 
 
 async def delete_beyond(connection: AsyncConnection, most: int) -> int:
-    """Choose what is beyond a tenant's `most`, and delete it in one go."""
-    return await delete_chosen(connection, await find_beyond(connection, most))
+    """Choose what is beyond a tenant's `most`, and delete as much of it as goes into one transaction."""
+    return await delete_chosen(connection, (await find_beyond(connection, most))[:MOST])
