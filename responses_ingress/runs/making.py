@@ -34,7 +34,8 @@ from responses_ingress.errors import (
 )
 from responses_ingress.ids import Ids, named_thread, partition_of
 from responses_ingress.runs.resolve import Resolved, resolve, thread_of
-from responses_ingress.runs.run import Kit, Record, Run, Work, cancel_upstream, new_item
+from responses_ingress.runs.run import Run
+from responses_ingress.runs.work import Kit, Record, Work, cancel_upstream, new_item
 from responses_ingress.store.database import Database
 from responses_ingress.store.queue import enqueue, nowhere, put_back
 from responses_ingress.store.responses import StoredResponse, envelope_at_creation, read_journal

@@ -21,9 +21,9 @@ of the store's writer and around a chore of the runner's upkeep.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -32,7 +32,6 @@ from responses_ingress.core.builder import Event
 from responses_ingress.core.deltas import Accepted, Delta, Finish, Item, Open, Remember, Text, decode
 from responses_ingress.core.deltas import encode as encode_deltas
 from responses_ingress.core.envelope import Envelope, changed
-from responses_ingress.core.items import digest
 from responses_ingress.core.replay import fold
 from responses_ingress.core.turn import Turn
 from responses_ingress.errors import (
@@ -44,74 +43,16 @@ from responses_ingress.errors import (
     ServerRestarted,
     StaleWriter,
     StoreUnavailable,
-    UpstreamError,
     UpstreamTruncated,
 )
-from responses_ingress.ids import Ids, partition_of
+from responses_ingress.ids import partition_of
 from responses_ingress.runs.feed import Feed, Follower
-from responses_ingress.store.database import Database
+from responses_ingress.runs.work import Kit, Record, Work, cancel_upstream, new_item, told_failure
 from responses_ingress.store.queue import hand_over
 from responses_ingress.store.turns import append_journal, end
-from responses_ingress.store.values import Ending, Entry, Keep, NewItem, Owner, Placement
+from responses_ingress.store.values import Ending, Entry
 
 logger = logging.getLogger(__name__)
-
-_STATUSES = {"context_length_exceeded": 400, "rate_limit_exceeded": 429}
-_CANCEL_PATIENCE = 5.0
-"""Seconds that an upstream is given to take a cancel."""
-
-Deltas = AsyncGenerator[Sequence[Delta], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """A backend at work on a turn.
-
-    backend:   its name.
-    cancel:    passes a client's cancel on to what the backend remembers; None where it leaves nothing behind.
-    resumable: another process can go on with it once it has remembered something.
-    goes_on:   it goes on when nobody follows.
-    journal:   what earlier processes have journaled of it.
-    """
-
-    deltas: Deltas
-    backend: str
-    cancel: Callable[[Mapping[str, Any]], Awaitable[None]] | None = None
-    resumable: bool = False
-    goes_on: bool = False
-    journal: Sequence[Entry] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """Where a run writes. A run without one (no session, `store: false`) writes nothing.
-
-    input:   the new input items, for the branch.
-    is_turn: the output goes to the branch too.
-    begun:   done when the response's row is committed.
-    lingers: somebody may ask the same again when it has ended.
-    """
-
-    database: Database
-    placement: Placement
-    owner: Owner
-    store: bool
-    input: Sequence[NewItem]
-    is_turn: bool
-    begun: "asyncio.Future[None]"
-    lingers: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Kit:
-    """What every run of a process shares. `at` is told the named points of a run's life that are passed: tests
-    end the process there."""
-
-    ids: Ids
-    flush_interval: float
-    on_deserted: Callable[["Run"], None]
-    keep: Keep = Keep()
-    at: Callable[[str], None] = lambda _: None
 
 
 class Run:
@@ -254,7 +195,7 @@ class Run:
     async def _take(self, deltas: Sequence[Delta]) -> None:
         """Feed what one read brought, and show what may be shown."""
         if self._record is not None:
-            await _begun(self._record)
+            await self._record.wait()
         for delta in map(self._stamp, deltas):
             self._builder.feed(delta)
             self._unwritten.append(delta)
@@ -440,7 +381,7 @@ class Run:
             return False
         given = hand_over(self.id, record.owner, self.thread_id, resumable=resumable, said=builder.has_said)
         try:
-            await _begun(record)
+            await record.wait()
             await record.database.submit(given)
         except NotHandedOver:
             return False
@@ -461,7 +402,7 @@ class Run:
             if self._unkept or self._builder.ended:
                 raise error
             if self._record is not None:
-                await _begun(self._record)
+                await self._record.wait()
             self._feed_failure(error)
             await self._finish()
         except StaleWriter:
@@ -505,36 +446,9 @@ class Run:
             self._flush = None
 
 
-async def cancel_upstream(response_id: str, cancelling: Awaitable[None]) -> None:
-    """Wait for an upstream to take a cancel, but not for ever."""
-    try:
-        async with asyncio.timeout(_CANCEL_PATIENCE):
-            await cancelling
-    except (IngressError, TimeoutError) as error:
-        logger.warning("the cancel of %s did not reach its upstream: %s", response_id, type(error).__name__)
-
-
-def told_failure(response: Mapping[str, Any]) -> IngressError:
-    """The error of a failed response, as an HTTP error."""
-    told = response["error"]
-    return UpstreamError(told["message"], code=told["code"], status=_STATUSES.get(told["code"]))
-
-
 def _eventless(journal: Sequence[Entry]) -> list[Delta]:
     """The deltas of a last row without events, whose place the next row takes."""
     return list(decode(journal[-1].payload)) if journal and not journal[-1].events else []
-
-
-async def _begun(record: Record) -> None:
-    """Wait until the row is committed. Whoever is cancelled while waiting does not take that back."""
-    if not record.begun.done():
-        await asyncio.wait((record.begun,))
-    record.begun.result()
-
-
-def new_item(item: Item) -> NewItem:
-    """The item as the store takes it."""
-    return NewItem(item["id"], item["type"], digest(item), orjson.dumps(item))
 
 
 def _dumped(value: Any) -> bytes | None:

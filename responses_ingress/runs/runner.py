@@ -26,14 +26,16 @@ from responses_ingress.errors import (
     PlacementOutdated,
     ResponseRunning,
     ServerRestarted,
+    StaleWriter,
     StoreUnavailable,
     ThreadBusy,
 )
 from responses_ingress.ids import Ids
 from responses_ingress.runs.making import Maker, closed
 from responses_ingress.runs.metrics import Metrics
-from responses_ingress.runs.run import Kit, Run
+from responses_ingress.runs.run import Run
 from responses_ingress.runs.tail import POLL, Tail, View
+from responses_ingress.runs.work import Kit
 from responses_ingress.store.database import Database
 from responses_ingress.store.queue import ask_to_yield, cancel, followed_until, sign
 from responses_ingress.store.responses import StoredResponse, find_response, load, read_journal
@@ -315,7 +317,9 @@ class Runner:
     async def follow(self, row: StoredResponse, after: int | None) -> Run | Tail:
         """Follow a response, wherever it runs; `after`: the number of the last event that was seen. Raises
         `CursorExpired` where numbers are not kept any more."""
-        await self.seen(row)
+        while not await self.seen(row):
+            async with self.database.reading() as connection:
+                row = (await load(connection, [row.id]) or [row])[0]
         run = self._runs.get(row.id)
         if run is not None and not run.silent:
             return run
@@ -329,14 +333,18 @@ class Runner:
                     )
         return self._tail(row)
 
-    async def seen(self, row: StoredResponse) -> None:
-        """Somebody is about to be shown the response: what was shown must not be said anew, and what is used is
-        kept for longer."""
+    async def seen(self, row: StoredResponse) -> bool:
+        """Somebody is about to be shown what was read of the response: what was shown must not be said anew, and
+        what is used is kept for longer. False where it has moved since `row` was read, and must be read again."""
         if row.running:
             if row.background and row.followed_until is None:
-                await self.database.submit(sign(row.id, 0.0))
+                try:
+                    await self.database.submit(sign(row.id, 0.0, of=(row.epoch, row.owner)))
+                except StaleWriter:
+                    return False
         elif row.store and (row.expires_at or 0) < self.database.clock() + self._keep.response - _USED_AGAIN:
             self.database.submit(use(row.id, self._keep)).add_done_callback(_forget)
+        return True
 
     async def cancel(self, tenant: str, response_id: str) -> StoredResponse | None:
         """Cancel a background response, wherever it runs, and wait for its end, but not for ever; its row then. None

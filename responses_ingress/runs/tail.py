@@ -19,7 +19,8 @@ from responses_ingress.core.envelope import Envelope
 from responses_ingress.core.replay import deltas_of_response, ending
 from responses_ingress.errors import HandedOver, IllegalDelta, IngressError, NotFound, StoreUnavailable
 from responses_ingress.runs.feed import Feed, Follower
-from responses_ingress.runs.run import Run, told_failure
+from responses_ingress.runs.run import Run
+from responses_ingress.runs.work import told_failure
 from responses_ingress.store.database import Database
 from responses_ingress.store.queue import sign
 from responses_ingress.store.responses import (

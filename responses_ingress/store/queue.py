@@ -27,7 +27,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from responses_ingress.errors import NotHandedOver, QueueFull
+from responses_ingress.errors import NotHandedOver, QueueFull, StaleWriter
 from responses_ingress.ids import is_named
 from responses_ingress.store.responses import StoredResponse, load
 from responses_ingress.store.tables import is_running, responses, threads
@@ -289,10 +289,14 @@ _SIGN = (
 )
 
 
-def sign(response_id: str, seconds: float) -> Unit[None]:
-    """Say in its row that somebody follows a response, and will for so long."""
+def sign(response_id: str, seconds: float, of: tuple[int, str | None] | None = None) -> Unit[None]:
+    """Say in its row that somebody follows a response, and will for so long. Raises `StaleWriter` where it runs on,
+    but has another epoch and owner than `of` says, and so may say something else by now."""
 
     def apply(batch: Batch) -> None:
+        lease = batch.leases.get(response_id)
+        if of is not None and lease is not None and lease.status in RUNNING and (lease.epoch, lease.owner) != of:
+            raise StaleWriter("This response has moved to another worker.")
         batch.add(_SIGN, response=response_id, until=batch.now + seconds)
 
     return Unit(apply, responses=(response_id,))

@@ -85,8 +85,9 @@ class Responses:
             await reply_stream(exchange, run, self.stream, 0 if after is None else after + 1)
         else:
             response = await self._read(row)
-            if response["output"] or not row.running:
-                await self.runner.seen(row)
+            while (response["output"] or not row.running) and not await self.runner.seen(row):
+                row = await self._find(exchange)
+                response = await self._read(row)
             await exchange.reply(response)
 
     async def cancel(self, exchange: Exchange) -> None:

@@ -3,6 +3,9 @@
 import asyncio
 from pathlib import Path
 
+import pytest
+
+from responses_ingress.errors import StaleWriter
 from responses_ingress.store.queue import (
     ask_to_yield,
     cancel,
@@ -128,6 +131,19 @@ async def test_who_follows_signs_for_as_long(desk: Desk, other_desk: Desk) -> No
     desk.clock.now += 5
     await other_desk.database.submit(sign(response_id, 10))
     assert await until() == NOW + 15
+
+
+async def test_what_was_read_counts_as_seen_only_where_it_still_is(desk: Desk, other_desk: Desk) -> None:
+    """It was read, and then handed over to begin again: what was read of it must not be shown."""
+    response_id = await desk.begin(desk.chain(), background=True)
+    read = await desk.row(response_id)
+    await desk.database.submit(hand_over(response_id, desk.owner, "", resumable=False, said=True))
+    with pytest.raises(StaleWriter):
+        await other_desk.database.submit(sign(response_id, 0, of=(read.epoch, read.owner)))
+    assert (await desk.row(response_id)).followed_until is None
+    now = await desk.row(response_id)
+    await other_desk.database.submit(sign(response_id, 0, of=(now.epoch, now.owner)))
+    assert (await desk.row(response_id)).followed_until is not None
 
 
 async def test_what_is_followed_from_the_beginning_says_so(desk: Desk) -> None:
