@@ -61,6 +61,11 @@ class Route:
     model: str | None = None
 
 
+def find_backend(routes: Sequence[Route], name: str) -> Backend | None:
+    """The backend of that name, wherever model names lead by now."""
+    return next((route.backend for route in routes if route.backend.name == name), None)
+
+
 def find_route(routes: Sequence[Route], model: str) -> tuple[Backend, str]:
     """The backend for `model` and the name it knows it by. The first pattern that matches wins."""
     for route in routes:

@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from responses_ingress.backends.base import Backend, Route, find_route
+from responses_ingress.backends.base import Backend, Route, find_backend, find_route
 from responses_ingress.core.builder import Builder
 from responses_ingress.core.deltas import Finish, Status
 from responses_ingress.core.deltas import encode as encode_deltas
@@ -25,12 +25,14 @@ from responses_ingress.errors import (
     Cancelled,
     IngressError,
     InternalError,
+    ModelNotFound,
     PlacementOutdated,
     ResponseRunning,
     ServerRestarted,
     StaleWriter,
     StoreUnavailable,
     ThreadBusy,
+    UpstreamError,
 )
 from responses_ingress.ids import Ids, named_thread, partition_of
 from responses_ingress.runs.resolve import Resolved, resolve, thread_of
@@ -46,6 +48,9 @@ logger = logging.getLogger(__name__)
 
 _MOST_ATTEMPTS = 5
 """How often a response may be begun: one that takes its process down with it must not take them all."""
+
+_MOST_RESUMPTIONS = 100
+"""How often a response may be gone on with: what an upstream works on for a day outlives many a restart."""
 
 _ANY = 10**9
 _DELAY = 1.0
@@ -148,11 +153,11 @@ class Maker:
         if row.asked == "cancel":
             await self._recover_cancelled(row, builder)
             return None
+        if builder.memory is not None and row.request is not None and not builder.has_said:
+            backend = find_backend(self.routes, row.backend)
+            if backend is None or backend.resumable:  # its work goes on upstream: it must not be begun a second time
+                return await self._go_on(row, backend, builder, entries)
         lives = row.request is not None and row.attempts <= _MOST_ATTEMPTS
-        if lives and builder.memory is not None and not builder.has_said:
-            run = await self._go_on(row, builder, entries)
-            if run is not None:
-                return run
         if lives and row.background and (row.followed_until is None or not builder.has_said):
             if has_room:
                 return await self.take_up(row)
@@ -162,32 +167,66 @@ class Maker:
         logger.warning("response %s was left behind by another process and is closed as failed", row.id)
         return None
 
-    async def _go_on(self, row: StoredResponse, builder: Builder, entries: Sequence[Entry]) -> Run | None:
-        """Let the backend go on from what it remembers. None where it cannot."""
-        request, caller = _unpack(row)
-        backend, model = find_route(self.routes, request.model)
-        if not backend.resumable:
+    async def _go_on(
+        self, row: StoredResponse, backend: Backend | None, builder: Builder, entries: Sequence[Entry]
+    ) -> Run | None:
+        """Let the backend go on from what it remembers; end the response where it cannot."""
+        if backend is None:
+            await self.close(
+                row, UpstreamError(f"The upstream '{row.backend}' of this response is not there any more.")
+            )
             return None
+        if row.attempts > _MOST_RESUMPTIONS:
+            await self._tell_upstream(row, builder)
+            await self.close(
+                row, ServerRestarted("The server was restarted each time that it went on with this response.")
+            )
+            return None
+        try:
+            return await self._resumed(row, backend, builder, entries)
+        except (StaleWriter, StoreUnavailable):
+            raise
+        except IngressError as error:
+            await self._tell_upstream(row, builder)
+            await self.close(row, error)
+            return None
+
+    async def _resumed(self, row: StoredResponse, backend: Backend, builder: Builder, entries: Sequence[Entry]) -> Run:
+        request, caller = _unpack(row)
+        model = next((model for found, model in self._led_to(request.model) if found is backend), request.model)
         placement, input = _place(row, caller, self.ids), _items(row)
         new = [orjson.loads(item.payload) for item in input]
         turn = _turn(request, caller, Resolved(row.thread_id, placement, (), new), row.id, model)
         turn = replace(turn, resume=builder.memory)
+        deltas = backend.stream(turn)
         owner = replace(self.owner, epoch=row.epoch)
         begun = self.database.submit(go_on(row.id, placement, owner))
         try:
             await begun
-        except ThreadBusy:
-            return None  # another turn of its thread has begun since
+        except ThreadBusy:  # another turn of its thread has begun since: this one goes on beside the thread
+            placement = replace(placement, exclusive=False)
+            begun = self.database.submit(go_on(row.id, placement, owner))
+            await begun
         record = Record(self.database, placement, owner, row.store, input, caller.kind == "turn", begun, lingers=True)
-        work = replace(_work(backend, turn, backend.stream(turn)), journal=entries)
+        work = replace(_work(backend, turn, deltas), journal=entries)
         return Run(turn, work, envelope_at_creation(row), record, self.kit)
 
+    def _led_to(self, model: str) -> list[tuple[Backend, str]]:
+        """Where the model's name leads now, if anywhere."""
+        try:
+            return [find_route(self.routes, model)]
+        except ModelNotFound:
+            return []
+
     async def _recover_cancelled(self, row: StoredResponse, builder: Builder) -> None:
-        if builder.memory is not None and row.request is not None:
-            request, caller = _unpack(row)
-            backend, _ = find_route(self.routes, request.model)
-            await cancel_upstream(row.id, backend.cancel(builder.memory, caller.bearer))
+        await self._tell_upstream(row, builder)
         await self.close(row, Cancelled("The response was cancelled."))
+
+    async def _tell_upstream(self, row: StoredResponse, builder: Builder) -> None:
+        """Cancel what the backend remembers: nobody will ask for it any more."""
+        backend = find_backend(self.routes, row.backend)
+        if backend is not None and backend.resumable and builder.memory is not None:
+            await cancel_upstream(row.id, backend.cancel(builder.memory, None))
 
     async def close(self, row: StoredResponse, error: IngressError) -> None:
         """End a response of another process with all that it had said. `row` is this process's."""

@@ -100,6 +100,11 @@ class Stage:
         """What a stranger finds in the database now."""
         return self.stranger.rows(query, *values)
 
+    async def change(self, statement: str, *values: Any) -> None:
+        """Do to the database what nobody here does, when nobody is writing."""
+        async with locked(self.url) as connection:
+            connection.execute(statement, *values)
+
     def row(self, response_id: str) -> Json:
         """The row of a response."""
         (row,) = self.rows("SELECT * FROM responses WHERE id = ?", response_id)

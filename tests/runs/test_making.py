@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 import orjson
 import pytest
 
+from responses_ingress.backends.base import Route
 from responses_ingress.core.deltas import Accepted, Remember, Text
 from responses_ingress.core.request import Caller
 from responses_ingress.runs.runner import Limits
@@ -71,6 +72,48 @@ async def test_a_backend_that_cannot_go_on_is_not_asked_to(migrated_database: st
             assert found.backend.calls == []
 
 
+async def test_where_its_thread_has_been_taken_it_goes_on_beside(migrated_database: str) -> None:
+    """It must not be begun a second time: its backend is at work on it."""
+    async with dying(migrated_database) as dead:
+        left = await dead.play([Accepted(), Remember(MEMORY)], asyncio.Event(), caller=SESSION, background=True)
+        await until(lambda: dead.journal(left.id))
+        await dead.change("UPDATE threads SET running = 'resp_x', lease_until = ?", dead.clock() + 3600)
+        async with survivor(migrated_database, [opened()[1:], ended()]) as found:
+            await until(lambda: found.row(left.id)["status"] == "completed")
+            (call,) = found.backend.calls
+            assert call.turn.resume == MEMORY
+            assert found.thread()["running"] == "resp_x"
+            assert found.row(left.id)["branch_id"] != found.thread()["active_branch"]
+
+
+async def test_it_goes_on_with_the_backend_that_began_it_wherever_its_model_leads_now(migrated_database: str) -> None:
+    async with dying(migrated_database) as dead:
+        left = await dead.play([Accepted(), Remember(MEMORY)], asyncio.Event())
+        await until(lambda: dead.journal(left.id))
+        elsewhere = ScriptedBackend(name="elsewhere", resumable=True)
+
+        def routes(backend: ScriptedBackend) -> Sequence[Route]:
+            return [Route("scripted-model", elsewhere), Route("another", backend)]
+
+        backend = ScriptedBackend([opened()[1:], ended()], resumable=True, goes_on=True)
+        clock = ManualClock(dead.clock() + LEASE + 1)
+        async with staged(migrated_database, CAREFUL, clock=clock, seed=2, routes=routes, backend=backend) as found:
+            await until(lambda: found.row(left.id)["status"] == "completed")
+            assert (len(backend.calls), elsewhere.calls) == (1, [])
+
+
+async def test_without_the_backend_that_began_it_it_fails_and_says_so(migrated_database: str) -> None:
+    async with dying(migrated_database) as dead:
+        left = await dead.play([Accepted(), Remember(MEMORY)], asyncio.Event())
+        await until(lambda: dead.journal(left.id))
+        backend = ScriptedBackend(name="another", resumable=True)
+        clock = ManualClock(dead.clock() + LEASE + 1)
+        async with staged(migrated_database, CAREFUL, clock=clock, seed=2, backend=backend) as found:
+            await until(lambda: found.row(left.id)["status"] == "failed")
+            assert "'scripted' of this response" in orjson.loads(found.row(left.id)["error"])["message"]
+            assert (backend.calls, backend.cancelled) == ([], [])
+
+
 async def test_what_nobody_has_seen_begins_again(migrated_database: str) -> None:
     async with dying(migrated_database) as dead:
         left = await dead.play(opened(), [Text(0, "half")], asyncio.Event(), background=True, stream=False)
@@ -106,7 +149,7 @@ async def test_what_takes_its_process_down_each_time_is_ended(migrated_database:
     async with dying(migrated_database) as dead:
         left = await dead.play([Accepted()], asyncio.Event(), background=True)
         await until(lambda: dead.journal(left.id))
-        dead.stranger.execute("UPDATE responses SET attempts = 5 WHERE id = ?", left.id)
+        await dead.change("UPDATE responses SET attempts = 5 WHERE id = ?", left.id)
         async with survivor(migrated_database, spoken("whole")) as found:
             await until(lambda: found.row(left.id)["status"] == "failed")
             assert found.backend.calls == []
@@ -116,7 +159,7 @@ async def test_a_cancel_that_its_process_did_not_live_to_see_is_done_upstream_to
     async with dying(migrated_database) as dead:
         left = await dead.play([Accepted(), Remember(MEMORY)], asyncio.Event(), background=True)
         await until(lambda: dead.journal(left.id))
-        dead.stranger.execute("UPDATE responses SET asked = 'cancel' WHERE id = ?", left.id)
+        await dead.change("UPDATE responses SET asked = 'cancel' WHERE id = ?", left.id)
         async with survivor(migrated_database) as found:
             await until(lambda: found.row(left.id)["status"] == "cancelled")
             assert found.backend.cancelled == [MEMORY]
@@ -127,7 +170,7 @@ async def test_what_cannot_be_read_fails_alone(migrated_database: str) -> None:
     async with staged(migrated_database, Limits(max_background=1)) as full:
         await full.play(asyncio.Event(), background=True)
         broken, good = [await full.ask(background=True) for _ in range(2)]
-        full.stranger.execute("UPDATE responses SET request = ? WHERE id = ?", b"{", broken.id)
+        await full.change("UPDATE responses SET request = ? WHERE id = ?", b"{", broken.id)
         async with staged(migrated_database, seed=2) as found:
             found.backend.script(spoken("hi"))
             await until(lambda: found.row(good.id)["status"] == "completed")

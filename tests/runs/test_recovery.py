@@ -163,10 +163,10 @@ async def test_the_upkeep_outlives_a_database_that_does_not_answer(
         left = await dead.play(opened(), asyncio.Event())
         await until(lambda: dead.journal(left.id))
         async with locked(dead.url) as connection:
-            connection.execute("ALTER TABLE preambles RENAME TO away")
+            connection.execute("ALTER TABLE preambles RENAME COLUMN payload TO away")
         async with staged(migrated_database, Limits(lease=0.3), clock=later, seed=2) as found:
             await until(lambda: "upkeep is put off" in caplog.text)
-            found.stranger.execute("ALTER TABLE away RENAME TO preambles")
+            await found.change("ALTER TABLE preambles RENAME COLUMN away TO payload")
             await until(lambda: found.row(left.id)["status"] == "failed")
 
 
@@ -209,7 +209,7 @@ async def test_leases_are_renewed_while_seeing_to_what_was_left_behind_takes_lon
     async with staged(migrated_database, Limits(flush_interval=0, lease=LEASE), backend=resumable) as dead:
         left = await dead.play([Remember({"id": "theirs"})], opened(), asyncio.Event(), background=True)
         await until(lambda: dead.journal(left.id))
-        dead.stranger.execute("UPDATE responses SET asked = 'cancel' WHERE id = ?", left.id)
+        await dead.change("UPDATE responses SET asked = 'cancel' WHERE id = ?", left.id)
         later, deaf = ManualClock(dead.clock() + LEASE + 1), Deaf(resumable=True)
         async with staged(migrated_database, Limits(lease=0.3), clock=later, seed=2, backend=deaf) as found:
             await until(lambda: deaf.cancelled)

@@ -181,7 +181,7 @@ async def test_a_failure_of_our_own_is_an_error_object_and_tells_nothing_of_the_
     site: Site, caplog: pytest.LogCaptureFixture
 ) -> None:
     created = await post(site, ASK)
-    site.stage.stranger.execute("UPDATE responses SET envelope = ?", b"secret")
+    await site.stage.change("UPDATE responses SET envelope = ?", b"secret")
     answer = await site.get(f"/v1/responses/{created.json['id']}")
     assert (answer.status, answer.error["code"]) == (500, "server_error")
     assert answer.error["message"] == "The server failed (JSONDecodeError)."
