@@ -5,6 +5,7 @@ What must stay true: this table is the only place that knows these names; the bu
 readers of the Responses dialect read by it. Knows nothing of the order or the numbers of events.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -55,6 +56,14 @@ PLACES = ("summary", "content")
 """The lists of parts an item can have, in the order in which they stream."""
 
 ANNOTATION = "response.output_text.annotation.added"
+
+_EVENT = re.compile(r"[\w.\-]{1,128}", re.ASCII)
+
+
+def is_event_type(name: str) -> bool:
+    """Whether an event may be called so: it stands in a line of its own on the wire, where a line end in it
+    would begin another event."""
+    return _EVENT.fullmatch(name) is not None
 
 
 def skeleton(kind: Kind) -> dict[str, Any]:

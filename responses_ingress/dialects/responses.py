@@ -17,7 +17,7 @@ from typing import Any
 
 import orjson
 
-from responses_ingress.core.channels import ANNOTATION, FIELDS, PARTS, Channel, kind_of, seals
+from responses_ingress.core.channels import ANNOTATION, FIELDS, PARTS, Channel, is_event_type, kind_of, seals
 from responses_ingress.core.deltas import Accepted, Close, Delta, Finish, Item, Kind, Mark, Open
 from responses_ingress.core.items import seal
 from responses_ingress.core.replay import bare, bare_part, deltas_of_response, ended_as, ending
@@ -248,6 +248,8 @@ class ResponsesReader:
     def _mark(self, name: str, event: Mapping[str, Any]) -> list[Delta]:
         if name in _IGNORED:
             return []
+        if not is_event_type(name):
+            raise UpstreamInvalid("The upstream sent an event whose type is no name.")
         about = "item_id" in event or "output_index" in event
         slot = self._find(event) if about else None
         if about and (slot is None or slot.closed):

@@ -249,6 +249,11 @@ def test_a_stream_without_its_end_is_truncated(count: int) -> None:
     [
         {},
         {"type": 5},
+        {"type": ""},
+        {"type": "x\n\nevent: response.completed\ndata: {}\n\n: "},
+        {"type": "response.odd\r"},
+        {"type": "response.odd\u2028"},
+        {"type": "x" * 129},
         {"type": "response.created"},
         {"type": "response.completed"},
         {"type": "response.completed", "response": {"id": "r", "output": [{"id": "x"}]}},
