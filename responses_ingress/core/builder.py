@@ -318,7 +318,7 @@ class Builder:
         item = dict(line.item)
         if run is not None:
             run.add_to(item)
-        if "status" in item:
+        if "status" in item or (status == "incomplete" and item["type"] in FIELDS):
             item["status"] = status
         return item
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from orjson import dumps
+from orjson import JSONDecodeError, dumps, loads
 
 from responses_ingress.core.deltas import Item, Kind
 
@@ -102,6 +102,17 @@ def seals(event: str, item: Item) -> bool:
 def is_half_a_call(item: Item) -> bool:
     """Whether the item is a call that the end of the response cut short. It must never be told as done."""
     return item["type"] in FIELDS and item.get("status") == "incomplete"
+
+
+def is_whole_call(item: Item) -> bool:
+    """Whether nothing in the item itself says that it is half a call: arguments are one JSON object. Empty ones
+    may still come, so they are not."""
+    if FIELDS.get(item["type"]) is None or FIELDS[item["type"]].field != "arguments":
+        return True
+    try:
+        return isinstance(loads(item.get("arguments") or ""), dict)
+    except (JSONDecodeError, TypeError):
+        return False
 
 
 def takes(item: Item, kind: Kind) -> bool:
