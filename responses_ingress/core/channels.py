@@ -115,6 +115,13 @@ def is_whole_call(item: Item) -> bool:
         return False
 
 
+def may_be_half(item: Item, last: bool) -> bool:
+    """Whether the item, in a response that was not completed, may be half a call. Where a custom tool's input ends,
+    nothing in it tells."""
+    cut = last and item["type"] == "custom_tool_call"
+    return item["type"] in FIELDS and (cut or item.get("status") == "in_progress" or not is_whole_call(item))
+
+
 def takes(item: Item, kind: Kind) -> bool:
     """Whether a part of this kind can stream in `item`."""
     return item["type"] not in FIELDS and isinstance(item.get(PARTS[kind].place) or [], list)

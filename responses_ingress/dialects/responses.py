@@ -24,12 +24,12 @@ from responses_ingress.core.channels import (
     Channel,
     is_event_type,
     is_half_a_call,
-    is_whole_call,
     kind_of,
+    may_be_half,
     seals,
 )
 from responses_ingress.core.deltas import Accepted, Delta, Finish, Item, Kind, Mark, Open
-from responses_ingress.core.items import seal
+from responses_ingress.core.items import sealed
 from responses_ingress.core.replay import bare, bare_part, deltas_of_response, ended_as, ending
 from responses_ingress.dialects.failures import in_band
 from responses_ingress.dialects.slot import Slot
@@ -51,7 +51,6 @@ _IMPLIED: Mapping[Kind, Item] = {
     "summary_text": {"type": "reasoning", "summary": []},
 }
 """The item that text belongs to when the provider did not announce one."""
-
 
 _ALSO_CALLED = {
     "response.reasoning_text": ("response.reasoning", "reasoning"),
@@ -206,14 +205,12 @@ class ResponsesReader:
         }
 
     def _cut(self, items: Sequence[Item]) -> list[Item]:
-        """The items of a response that was not completed: a call in it that may be half is told to be. Where a
-        custom tool's input ends, nothing in it tells. What was already passed on as done stays so."""
+        """The items of a response that was not completed: a call in it that may be half is told to be, but for one
+        that was already passed on as done."""
         cut: list[Item] = []
         for number, item in enumerate(items, 1):
             slot = self._by_id.get(item["id"])
-            last_words = item["type"] == "custom_tool_call" and number == len(items)
-            doubtful = last_words or not is_whole_call(item) or item.get("status") == "in_progress"
-            half = item["type"] in FIELDS and doubtful and not (slot and slot.closed)
+            half = may_be_half(item, number == len(items)) and not (slot and slot.closed)
             cut.append({**item, "status": "incomplete"} if half else item)
         return cut
 
@@ -246,10 +243,7 @@ class ResponsesReader:
             sound[place] = []
         if isinstance(sound.get("arguments"), dict) and item["type"] in FIELDS:
             sound["arguments"] = orjson.dumps(sound["arguments"]).decode()
-        encrypted = item.get("encrypted_content")
-        if self._backend is not None and isinstance(encrypted, str):
-            sound["encrypted_content"] = seal(self._backend, encrypted)
-        return sound
+        return sound if self._backend is None else sealed(self._backend, sound)
 
     def _added(self, event: Mapping[str, Any]) -> list[Delta]:
         item = self._sound(len(self._slots), event.get("item"))

@@ -117,6 +117,16 @@ def test_encrypted_content_is_sealed_wherever_it_stands() -> None:
     assert [(delta.item or {})["encrypted_content"] for delta in whole] == ["mine:b", "mine:c"]
 
 
+def test_encrypted_parts_are_sealed_too() -> None:
+    part = {"type": "encrypted_content", "encrypted_content": "a"}
+    agent = {"id": "am_1", "type": "agent_message", "content": [part, {"type": "input_text", "text": "so"}]}
+    output = {"id": "fco_1", "type": "function_call_output", "call_id": "c", "output": [part, "odd"]}
+    response = {**EVENTS[-1]["response"], "output": [agent, output]}
+    closed = [delta.item for delta in ResponsesReader("mine").read_json(response) if isinstance(delta, Close)]
+    sealed = {**part, "encrypted_content": "mine:a"}
+    assert closed == [{**agent, "content": [sealed, agent["content"][1]]}, {**output, "output": [sealed, "odd"]}]
+
+
 def test_unknown_events_are_marks() -> None:
     odd = {"type": "response.odd", "sequence_number": 2, "x": 1, "obfuscation": "zz"}
     about = {"type": "response.odd.one", "output_index": 1, "item_id": "ws_1", "y": 2}
