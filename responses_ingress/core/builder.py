@@ -16,7 +16,17 @@ from typing import Any, NamedTuple
 
 from orjson import OPT_NON_STR_KEYS, Fragment, JSONEncodeError, dumps
 
-from responses_ingress.core.channels import ANNOTATION, FIELDS, PARTS, Channel, TextRun, seals, skeleton, takes
+from responses_ingress.core.channels import (
+    ANNOTATION,
+    FIELDS,
+    PARTS,
+    Channel,
+    TextRun,
+    is_event_type,
+    seals,
+    skeleton,
+    takes,
+)
 from responses_ingress.core.deltas import (
     Accepted,
     Close,
@@ -204,8 +214,8 @@ class Builder:
 
     def _mark(self, delta: Mark) -> None:
         index, extra = delta.index, delta.extra or {}
-        if delta.event in _OWN:
-            raise IllegalDelta(f"The event {delta.event} is not for a backend to make.")
+        if delta.event in _OWN or not is_event_type(delta.event):
+            raise IllegalDelta(f"The event {delta.event!r} is not for a backend to make.")
         if index is None:
             self._begin()
             self._emit(delta.event, extra)
@@ -308,7 +318,7 @@ class Builder:
         item = dict(line.item)
         if run is not None:
             run.add_to(item)
-        if "status" in item:
+        if "status" in item or (status == "incomplete" and item["type"] in FIELDS):
             item["status"] = status
         return item
 

@@ -5,10 +5,11 @@ What must stay true: this table is the only place that knows these names; the bu
 readers of the Responses dialect read by it. Knows nothing of the order or the numbers of events.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from orjson import dumps
+from orjson import JSONDecodeError, dumps, loads
 
 from responses_ingress.core.deltas import Item, Kind
 
@@ -56,6 +57,14 @@ PLACES = ("summary", "content")
 
 ANNOTATION = "response.output_text.annotation.added"
 
+_EVENT = re.compile(r"[\w.\-]{1,128}", re.ASCII)
+
+
+def is_event_type(name: str) -> bool:
+    """Whether an event may be called so: it stands in a line of its own on the wire, where a line end in it
+    would begin another event."""
+    return _EVENT.fullmatch(name) is not None
+
 
 def skeleton(kind: Kind) -> dict[str, Any]:
     """A part before its first text, as recorded OpenAI traffic has it."""
@@ -93,6 +102,24 @@ def seals(event: str, item: Item) -> bool:
 def is_half_a_call(item: Item) -> bool:
     """Whether the item is a call that the end of the response cut short. It must never be told as done."""
     return item["type"] in FIELDS and item.get("status") == "incomplete"
+
+
+def is_whole_call(item: Item) -> bool:
+    """Whether nothing in the item itself says that it is half a call: arguments are one JSON object. Empty ones
+    may still come, so they are not."""
+    if FIELDS.get(item["type"]) is None or FIELDS[item["type"]].field != "arguments":
+        return True
+    try:
+        return isinstance(loads(item.get("arguments") or ""), dict)
+    except (JSONDecodeError, TypeError):
+        return False
+
+
+def may_be_half(item: Item, last: bool) -> bool:
+    """Whether the item, in a response that was not completed, may be half a call. Where a custom tool's input ends,
+    nothing in it tells."""
+    cut = last and item["type"] == "custom_tool_call"
+    return item["type"] in FIELDS and (cut or item.get("status") == "in_progress" or not is_whole_call(item))
 
 
 def takes(item: Item, kind: Kind) -> bool:

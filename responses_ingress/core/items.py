@@ -37,6 +37,9 @@ _MODEL_MADE = frozenset({"reasoning", "compaction", "mcp_list_tools", "mcp_appro
 # codex and the SDKs drop silently in some version or another.
 _ANCHORS = frozenset({"message", "compaction", "additional_tools"}) | CALLS | OUTPUTS
 
+PLACES_OF_PARTS = ("content", "summary", "output")
+"""Fields that are lists of parts, where they are lists."""
+
 
 def packed(value: Any) -> bytes:
     """`value` as JSON that is to be kept for a while: orjson (3.13) leaves what it made in a buffer of 4 to 14
@@ -141,6 +144,20 @@ def text_of(item: Mapping[str, Any]) -> str:
 def seal(backend: str, content: str) -> str:
     """Encrypted content as clients and the store see it: tagged with the backend that made it."""
     return f"{backend}:{content}"
+
+
+def sealed(backend: str, item: Item) -> Item:
+    """`item` with all encrypted content in it sealed: its own, and that of its parts."""
+    made = _sealed(backend, item)
+    for place in PLACES_OF_PARTS:
+        if isinstance(item.get(place), list):
+            made[place] = [_sealed(backend, part) if isinstance(part, dict) else part for part in item[place]]
+    return made
+
+
+def _sealed(backend: str, holder: Mapping[str, Any]) -> dict[str, Any]:
+    content = holder.get("encrypted_content")
+    return {**holder, "encrypted_content": seal(backend, content)} if isinstance(content, str) else {**holder}
 
 
 def unseal(backend: str, content: str | None) -> str | None:

@@ -122,7 +122,7 @@ class MessagesReader:
         return self._take()
 
     def read_json(self, body: Any) -> list[Delta]:
-        """All deltas of a message that was not streamed. Raises `UpstreamInvalid` for what is none."""
+        """All deltas of a message that was not streamed. Raises as `feed` does."""
         if _object(body).get("type") == "error" or body.get("error"):
             return self.fail(body)
         if not isinstance(body.get("content"), list):
@@ -131,8 +131,8 @@ class MessagesReader:
         for block in body["content"]:
             self._begin(_object(block))
             self._stop()
-        # A body that came whole is not truncated.
-        self._reason = str(body.get("stop_reason") or "end_turn")
+        reason = body.get("stop_reason")
+        self._reason = str(reason) if reason else None
         return self.end()
 
     # Events

@@ -17,9 +17,19 @@ from typing import Any
 
 import orjson
 
-from responses_ingress.core.channels import ANNOTATION, FIELDS, PARTS, Channel, kind_of, seals
-from responses_ingress.core.deltas import Accepted, Close, Delta, Finish, Item, Kind, Mark, Open
-from responses_ingress.core.items import seal
+from responses_ingress.core.channels import (
+    ANNOTATION,
+    FIELDS,
+    PARTS,
+    Channel,
+    is_event_type,
+    is_half_a_call,
+    kind_of,
+    may_be_half,
+    seals,
+)
+from responses_ingress.core.deltas import Accepted, Delta, Finish, Item, Kind, Mark, Open
+from responses_ingress.core.items import sealed
 from responses_ingress.core.replay import bare, bare_part, deltas_of_response, ended_as, ending
 from responses_ingress.dialects.failures import in_band
 from responses_ingress.dialects.slot import Slot
@@ -41,7 +51,6 @@ _IMPLIED: Mapping[Kind, Item] = {
     "summary_text": {"type": "reasoning", "summary": []},
 }
 """The item that text belongs to when the provider did not announce one."""
-
 
 _ALSO_CALLED = {
     "response.reasoning_text": ("response.reasoning", "reasoning"),
@@ -124,25 +133,26 @@ class ResponsesReader:
         self._see(given)
         self._ended = True
         response = self._whole(given, ended_as(given) or status)
-        failed = response["status"] in ("failed", "cancelled")
-        deltas, items = self._last_items(response["output"], failed)
+        deltas, items = self._last_items(response["output"], response["status"])
         if response["status"] == "completed":
             left = [slot for slot in self._slots if not slot.closed and slot.index not in items]
-            deltas += [Close(slot.index) for slot in left if not slot.half]
-            items |= {slot.index: slot.half for slot in left if slot.half}
+            halves = {slot.index: slot.half for slot in left if slot.half and is_half_a_call(slot.half)}
+            deltas += [slot.left() for slot in left if slot.index not in halves]
+            items |= halves
         return [*deltas, replace(ending(response), items=items or None, echo=self._echo(given))]
 
-    def _last_items(self, output: Sequence[Item], failed: bool) -> tuple[list[Delta], dict[int, Item]]:
+    def _last_items(self, output: Sequence[Item], status: str) -> tuple[list[Delta], dict[int, Item]]:
         """What the final output says beyond what was passed on: deltas for items whose text streams, and
         the other final items. Nothing that a failure cut short is closed here."""
         deltas: list[Delta] = []
         items: dict[int, Item] = {}
+        failed, completed = status in ("failed", "cancelled"), status == "completed"
         for slot, item in self._pair(output):
             if slot is None:
                 slot = self._slot(item, None)
-                deltas += [] if failed else slot.whole(item)
+                deltas += [] if failed else slot.whole(item, completed)
             elif not slot.closed and not failed and slot.streams(item):
-                deltas += slot.close(item)
+                deltas += slot.close(item, completed)
             # Encrypted content is encrypted anew in the final response, and that is the one to keep.
             if not slot.closed or slot.same(item) != slot.item:
                 items[slot.index] = slot.same(item)
@@ -184,14 +194,25 @@ class ResponsesReader:
         details = details if isinstance(details, dict) and isinstance(details.get("reason"), str) else None
         if status == "incomplete" and not details:
             status, error = "failed", {"message": "The upstream's response is incomplete, without a reason."}
+        items = [self._sound(*numbered) for numbered in enumerate(output if isinstance(output, list) else ())]
         return {
             **response,
             "status": status,
-            "output": [self._sound(*numbered) for numbered in enumerate(output if isinstance(output, list) else ())],
+            "output": items if status == "completed" else self._cut(items),
             "error": _error_of(error) if status == "failed" else None,
             "incomplete_details": details,
             "completed_at": int(at) if isinstance(at, int | float) else None,
         }
+
+    def _cut(self, items: Sequence[Item]) -> list[Item]:
+        """The items of a response that was not completed: a call in it that may be half is told to be, but for one
+        that was already passed on as done."""
+        cut: list[Item] = []
+        for number, item in enumerate(items, 1):
+            slot = self._by_id.get(item["id"])
+            half = may_be_half(item, number == len(items)) and not (slot and slot.closed)
+            cut.append({**item, "status": "incomplete"} if half else item)
+        return cut
 
     # Items
 
@@ -222,15 +243,12 @@ class ResponsesReader:
             sound[place] = []
         if isinstance(sound.get("arguments"), dict) and item["type"] in FIELDS:
             sound["arguments"] = orjson.dumps(sound["arguments"]).decode()
-        encrypted = item.get("encrypted_content")
-        if self._backend is not None and isinstance(encrypted, str):
-            sound["encrypted_content"] = seal(self._backend, encrypted)
-        return sound
+        return sound if self._backend is None else sealed(self._backend, sound)
 
     def _added(self, event: Mapping[str, Any]) -> list[Delta]:
         item = self._sound(len(self._slots), event.get("item"))
         known = self._by_id.get(item["id"])
-        if known is not None and not known.closed:
+        if known is not None and not known.over:
             return []
         item = bare(item)
         return [Open(self._slot(item, event.get("output_index")).index, item)]
@@ -248,6 +266,8 @@ class ResponsesReader:
     def _mark(self, name: str, event: Mapping[str, Any]) -> list[Delta]:
         if name in _IGNORED:
             return []
+        if not is_event_type(name):
+            raise UpstreamInvalid("The upstream sent an event whose type is no name.")
         about = "item_id" in event or "output_index" in event
         slot = self._find(event) if about else None
         if about and (slot is None or slot.closed):

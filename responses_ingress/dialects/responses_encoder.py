@@ -15,7 +15,7 @@ import orjson
 
 from responses_ingress.core.channels import is_half_a_call
 from responses_ingress.core.deltas import Item
-from responses_ingress.core.items import CALLS, OUTPUTS, digest, is_anchor, unseal
+from responses_ingress.core.items import CALLS, OUTPUTS, PLACES_OF_PARTS, digest, is_anchor, unseal
 from responses_ingress.core.turn import Turn
 from responses_ingress.ids import is_named
 
@@ -32,9 +32,6 @@ _NAMED_BY_ID = frozenset(["mcp_approval_request"])
 
 _BARE = frozenset(["type", "id", "status"])
 """All that is left of an item, such as a compaction, whose whole content is another backend's."""
-
-_PARTS = ("content", "summary", "output")
-"""Fields that are lists of parts, where they are lists."""
 
 _TOLD_ONLY = {"reasoning": ("status",), "compaction": ("status",)}
 _ACTIONS_TOLD_ONLY = {"web_search_call": ("sources",)}
@@ -122,13 +119,24 @@ def _answerable(items: Sequence[Item]) -> list[Item]:
 
 
 def _is_foreign(item: Item, backend: str) -> bool:
-    sealed = item.get("encrypted_content")
+    return _is_locked(item, backend) or any(_is_locked(part, backend) for part in _all_parts(item))
+
+
+def _is_locked(holder: Mapping[str, Any], backend: str) -> bool:
+    sealed = holder.get("encrypted_content")
     return isinstance(sealed, str) and unseal(backend, sealed) is None
+
+
+def _all_parts(item: Item) -> Iterable[Mapping[str, Any]]:
+    lists = (item.get(place) for place in PLACES_OF_PARTS)
+    return (part for parts in lists if isinstance(parts, list) for part in parts if isinstance(part, dict))
 
 
 def _sent(item: Item, options: ResponsesOptions, backend: str) -> Item | None:
     """`item` as the upstream gets it, or None where nothing of it would be of use there."""
     kept = _acceptable(item)
+    if not _open_parts(kept, backend):
+        return None
     if not options.item_ids and item["type"] not in _NAMED_BY_ID:
         kept.pop("id", None)
     sealed = kept.pop("encrypted_content", None)
@@ -145,12 +153,34 @@ def _acceptable(item: Item) -> Item:
     as in a tool's schema, a null has a meaning."""
     type = item["type"]
     kept = _without(item, _TOLD_ONLY.get(type, ()))
-    for name in _PARTS:
+    for name in PLACES_OF_PARTS:
         if isinstance(kept.get(name), list):
             kept[name] = [_without(part) if isinstance(part, dict) else part for part in kept[name]]
     if isinstance(kept.get("action"), dict):
         kept["action"] = _without(kept["action"], _ACTIONS_TOLD_ONLY.get(type, ()))
     return kept
+
+
+def _open_parts(kept: Item, backend: str) -> bool:
+    """Unseal the parts in `kept`, and leave out those of another backend. False where that leaves nothing of it;
+    the output of a call stays, since a call needs one."""
+    for place in PLACES_OF_PARTS:
+        parts = kept.get(place)
+        if not isinstance(parts, list):
+            continue
+        kept[place] = [
+            _opened(part, backend) for part in parts if not isinstance(part, dict) or not _is_locked(part, backend)
+        ]
+        if parts and not kept[place]:
+            if place != "output":
+                return False
+            kept[place] = ""
+    return True
+
+
+def _opened(part: Any, backend: str) -> Any:
+    sealed = part.get("encrypted_content") if isinstance(part, dict) else None
+    return {**part, "encrypted_content": unseal(backend, sealed)} if isinstance(sealed, str) else part
 
 
 def _without(fields: Mapping[str, Any], names: Sequence[str] = ()) -> dict[str, Any]:

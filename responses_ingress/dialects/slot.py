@@ -1,16 +1,17 @@
 """An item of a Responses provider's output, and how far it has been passed on.
 
 What must stay true: of a text, a part or an annotation, nothing is passed on twice; nothing is passed on
-after its item is closed. Knows nothing of the events that tell of the item.
+after its item is closed; a call that does not look whole is not closed before the response is completed.
+Knows nothing of the events that tell of the item.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from responses_ingress.core.channels import FIELDS, PARTS, PLACES, is_half_a_call, parts_of, takes
+from responses_ingress.core.channels import FIELDS, PARTS, PLACES, is_half_a_call, is_whole_call, parts_of, takes
 from responses_ingress.core.deltas import Close, Delta, Item, Kind, Note, Part, Text
 from responses_ingress.core.replay import opening, part_deltas
-from responses_ingress.errors import UpstreamInvalid
+from responses_ingress.errors import UpstreamInvalid, UpstreamTruncated
 
 
 class Slot:
@@ -23,7 +24,7 @@ class Slot:
         self.item = item
         self.closed = False
         self.half: Item | None = None
-        """Its final form, if it is half a call."""
+        """Its final form, if it is, or may be, half a call."""
         self.sealed = False
         """Its text is over."""
         self.kind: Kind | None = None
@@ -86,10 +87,17 @@ class Slot:
                     deltas += self.part_rest(part)
         return deltas + unseen
 
-    def close(self, item: Item) -> list[Delta]:
-        """The end of the item, as its final form says it. Half a call stays open: it is for the Finish."""
+    @property
+    def over(self) -> bool:
+        """Whether its final form is known."""
+        return self.closed or self.half is not None
+
+    def close(self, item: Item, completed: bool = False) -> list[Delta]:
+        """The end of the item, as its final form says it. Half a call stays open: it is for the Finish. One whose
+        arguments are no JSON object is held to be half until the response is `completed`: then it is the model
+        that wrote them so."""
         deltas = self.complete(item)
-        if is_half_a_call(item):
+        if is_half_a_call(item) or not (completed or is_whole_call(item)):
             self.half = self.same(item)
             return deltas if self.sealed else self.rest(item.get(FIELDS[item["type"]].field))
         self.item, self.closed, self.sealed, self.said = self.same(item), True, True, []
@@ -99,13 +107,23 @@ class Slot:
         """A phase has ended its text."""
         self.sealed, self.kind, self.position = True, None, None
 
-    def whole(self, item: Item) -> list[Delta]:
-        """An item of which nothing was passed on."""
-        if is_half_a_call(item):
+    def whole(self, item: Item, completed: bool = False) -> list[Delta]:
+        """An item of which nothing was passed on; calls as in `close`."""
+        if is_half_a_call(item) or not (completed or is_whole_call(item)):
             self.half, self.sealed = item, True
             return opening(self.index, item)
         self.closed = self.sealed = True
         return [*opening(self.index, item), Close(self.index, item)]
+
+    def left(self) -> Close:
+        """The end of an item which a completed response says nothing of. Raises `UpstreamTruncated` for a call that
+        was not said to be whole, and does not look so."""
+        said = "".join(self.said)
+        channel = FIELDS.get(self.item["type"])
+        if self.half is None and channel and said and not is_whole_call({**self.item, channel.field: said}):
+            raise UpstreamTruncated("The upstream's response was completed in the middle of a call.")
+        self.closed = True
+        return Close(self.index, self.half)
 
     def same(self, item: Item) -> Item:
         """`item` under the id it is known by."""

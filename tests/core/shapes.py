@@ -187,7 +187,8 @@ def _opening(draw: st.DrawFn, model: _Model) -> list[Delta]:
     item = draw(st.sampled_from(MAKERS))(f"item_{index}")
     model.items.append(item)
     model.open[index] = None
-    return [Open(index, item)]
+    begun: list[Delta] = [Text(index, '{"a":1}')] if item.get("arguments") == "" else []
+    return [Open(index, item), *begun]
 
 
 @st.composite
@@ -203,7 +204,9 @@ def _part(draw: st.DrawFn, model: _Model, index: int) -> list[Delta]:
 @st.composite
 def _text(draw: st.DrawFn, model: _Model, index: int) -> list[Delta]:
     scored = draw(logprobs) if model.open[index] == "output_text" else None
-    return [Text(index, draw(texts), scored)]
+    # White space keeps arguments whole.
+    arguments = "arguments" in model.items[index]
+    return [Text(index, draw(st.sampled_from([" ", "\n", ""]) if arguments else texts), scored)]
 
 
 @st.composite

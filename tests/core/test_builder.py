@@ -297,6 +297,15 @@ def test_marks_carry_their_fields_and_seal_nothing_they_do_not_name() -> None:
     assert events[5] == {"type": "odd", "sequence_number": 5, "y": 2}
 
 
+@pytest.mark.parametrize("name", ["", "a b", "x\n\nevent: response.completed\ndata: {}\n\n: ", "odd\n", "x" * 129])
+@pytest.mark.parametrize("index", [None, 0])
+def test_an_event_whose_type_could_forge_another_is_refused(name: str, index: int | None) -> None:
+    builder = build([Open(0, call())])
+    with pytest.raises(IllegalDelta):
+        builder.feed(Mark(index, name))
+    builder.feed(Mark(index, "response.odd-1_x"))
+
+
 def test_the_final_item_of_a_backend_counts_but_for_its_id() -> None:
     final = {**search_call("other"), "status": "completed", "extra": [1]}
     events = events_of([Open(0, search_call()), Close(0, final), DONE])

@@ -498,8 +498,10 @@ def test_a_whole_message() -> None:
 
 
 @pytest.mark.parametrize("reason", [None, ""])
-def test_a_whole_message_without_a_reason_is_complete(reason: object) -> None:
-    assert whole([], reason) == [Finish("completed")]
+def test_a_whole_message_without_a_reason_is_truncated(reason: object) -> None:
+    for content in ([], [{"type": "text", "text": "so"}], [{"type": "tool_use", "id": "1", "name": "f", "input": {}}]):
+        with pytest.raises(UpstreamTruncated):
+            whole(content, reason)
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,15 @@ from tests.core.shapes import (
     Json,
     build,
     call,
+    custom_call,
     events_of,
     legal_deltas,
+    mcp_call,
     message,
     parsed,
     reasoning,
     search_call,
+    text_item,
 )
 from tests.dialects.answers import ANSWER, EVENTS, NOTE, OUTPUT, finish_of, read, rebuilt, without
 from tests.invariants import check_stream
@@ -114,6 +117,16 @@ def test_encrypted_content_is_sealed_wherever_it_stands() -> None:
     assert [(delta.item or {})["encrypted_content"] for delta in whole] == ["mine:b", "mine:c"]
 
 
+def test_encrypted_parts_are_sealed_too() -> None:
+    part = {"type": "encrypted_content", "encrypted_content": "a"}
+    agent = {"id": "am_1", "type": "agent_message", "content": [part, {"type": "input_text", "text": "so"}]}
+    output = {"id": "fco_1", "type": "function_call_output", "call_id": "c", "output": [part, "odd"]}
+    response = {**EVENTS[-1]["response"], "output": [agent, output]}
+    closed = [delta.item for delta in ResponsesReader("mine").read_json(response) if isinstance(delta, Close)]
+    sealed = {**part, "encrypted_content": "mine:a"}
+    assert closed == [{**agent, "content": [sealed, agent["content"][1]]}, {**output, "output": [sealed, "odd"]}]
+
+
 def test_unknown_events_are_marks() -> None:
     odd = {"type": "response.odd", "sequence_number": 2, "x": 1, "obfuscation": "zz"}
     about = {"type": "response.odd.one", "output_index": 1, "item_id": "ws_1", "y": 2}
@@ -162,6 +175,82 @@ def test_half_a_call_that_only_the_final_response_tells() -> None:
     again = rebuilt([EVENTS[0], {"type": "response.incomplete", "response": final}])
     assert [event["type"] for event in again[3:]] == ["response.function_call_arguments.delta", "response.incomplete"]
     assert again[-1]["response"]["output"] == [half]
+
+
+def half_a_call(kind: str, status: str | None) -> Json:
+    if kind == "custom_tool_call":
+        item: Json = {**custom_call(), "input": "rm -rf /tm", "status": status}
+    else:
+        item = {
+            **(call() if kind == "function_call" else mcp_call()),
+            "arguments": '{"cmd":"rm -rf /tm',
+            "status": status,
+        }
+    return {key: value for key, value in item.items() if key != "status" or value is not None}
+
+
+def cut_response(output: list[Json], status: str) -> Json:
+    details, error = {"reason": "max_output_tokens"}, {"error": ERROR}
+    ending = {"incomplete_details": details} if status == "incomplete" else error
+    return {**ENVELOPE, "status": status, "output": output, **ending}
+
+
+@pytest.mark.parametrize("ending", ["incomplete", "failed"])
+@pytest.mark.parametrize("status", ["completed", "in_progress", None])
+@pytest.mark.parametrize("kind", ["function_call", "mcp_call", "custom_tool_call"])
+def test_half_a_call_is_not_done_whatever_its_status_says(kind: str, status: str | None, ending: str) -> None:
+    half = half_a_call(kind, status)
+    final = cut_response([text_item("Sure."), half], ending)
+    told = [
+        events_of(ResponsesReader().read_json(final)),
+        rebuilt([EVENTS[0], {"type": f"response.{ending}", "response": final}]),
+    ]
+    if kind != "custom_tool_call":
+        done = {"type": "response.output_item.done", "output_index": 0, "item": half}
+        told.append(rebuilt([EVENTS[0], done, {"type": f"response.{ending}", "response": final}]))
+        told.append(rebuilt([EVENTS[0], done, {"type": f"response.{ending}", "response": cut_response([], ending)}]))
+    for events in told:
+        check_stream(events, interleaved=True)
+        ends = [event for event in events if event["type"].endswith(".done")]
+        assert not [event for event in ends if "arguments" in event or "input" in event]
+        assert all(event["item"]["type"] == "message" for event in ends if "item" in event)
+        calls = [item for item in events[-1]["response"]["output"] if item["type"] == kind]
+        assert [item["status"] for item in calls] == ["incomplete"]
+
+
+@pytest.mark.parametrize("ending", ["incomplete", "failed"])
+def test_a_call_that_was_told_as_done_stays_so_in_a_response_cut_short(ending: str) -> None:
+    done: list[Json] = [{**call(), "arguments": '{"a":1}', "status": "completed"}]
+    done.append({**custom_call(), "input": "ls", "status": "completed"})
+    events = [
+        {"type": "response.output_item.done", "output_index": index, "item": item} for index, item in enumerate(done)
+    ]
+    again = rebuilt([EVENTS[0], *events, {"type": f"response.{ending}", "response": cut_response(done, ending)}])
+    check_stream(again)
+    assert [event["item"] for event in again if event["type"] == "response.output_item.done"] == done
+    assert again[-1]["response"]["output"] == done
+
+
+@pytest.mark.parametrize("final", [[], [text_item("Sure.")], None])
+@pytest.mark.parametrize("make", [call, mcp_call])
+def test_a_response_completed_in_the_middle_of_a_call_is_truncated(make: Callable[[], Json], final: Any) -> None:
+    events = events_of([Accepted(), Open(0, make()), Text(0, '{"cmd":"rm -rf /tm'), replace(DONE, items={0: make()})])
+    end = {**events[-1], "response": {**events[-1]["response"], "output": final}}
+    with pytest.raises(UpstreamTruncated):
+        read([*events[:-1], end])
+    whole = [{**event, "delta": '{"cmd":"ls"}'} if "delta" in event else event for event in events[:-1]]
+    assert Close(0) in read([*whole, end])
+
+
+@pytest.mark.parametrize("arguments", ["", "[]", '{"a', "look up"])
+@pytest.mark.parametrize("final", ["as it was", "left out"])
+def test_arguments_that_the_model_wrote_wrong_are_done_with_the_response(arguments: str, final: str) -> None:
+    written = {**call(), "arguments": arguments, "status": "completed"}
+    done = {"type": "response.output_item.done", "output_index": 0, "item": written}
+    end = {**EVENTS[-1]["response"], "output": [] if final == "left out" else [written]}
+    again = rebuilt([EVENTS[0], done, {"type": "response.completed", "response": end}])
+    check_stream(again)
+    assert again[-2]["item"] == again[-1]["response"]["output"][0] == written
 
 
 def test_a_failure_closes_nothing_and_keeps_what_it_tells() -> None:
@@ -249,6 +338,11 @@ def test_a_stream_without_its_end_is_truncated(count: int) -> None:
     [
         {},
         {"type": 5},
+        {"type": ""},
+        {"type": "x\n\nevent: response.completed\ndata: {}\n\n: "},
+        {"type": "response.odd\r"},
+        {"type": "response.odd\u2028"},
+        {"type": "x" * 129},
         {"type": "response.created"},
         {"type": "response.completed"},
         {"type": "response.completed", "response": {"id": "r", "output": [{"id": "x"}]}},

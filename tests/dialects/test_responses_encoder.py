@@ -172,6 +172,28 @@ def test_what_another_backend_encrypted_is_left_out_and_counted(open_reasoning: 
     assert call.foreign == 4
 
 
+def encrypted(content: str) -> Json:
+    return {"type": "encrypted_content", "encrypted_content": content}
+
+
+def test_encrypted_parts_go_to_who_made_them_only() -> None:
+    text = {"type": "input_text", "text": "so"}
+    own, foreign = encrypted(seal("mine", "x")), encrypted(seal("yours", "y"))
+    agent = {"type": "agent_message", "author": "/root", "content": [text, own, foreign, encrypted("never sealed")]}
+    locked = {"type": "agent_message", "author": "/root", "content": [foreign]}
+    output = {"type": "function_call_output", "call_id": "call_1", "output": [foreign, own, text]}
+    empty = {**output, "output": [foreign]}
+    call = encode(turn(HI, agent, locked, output, empty), ResponsesOptions(), "mine")
+    assert call.body["input"] == [
+        HI,
+        {**agent, "content": [text, encrypted("x")]},
+        {**output, "output": [encrypted("x"), text]},
+        {**output, "output": ""},
+    ]
+    assert call.foreign == 4
+    assert agent["content"][1] == own
+
+
 def test_an_own_compaction_is_given_back() -> None:
     own = {"type": "compaction", "id": "cmp_1", "encrypted_content": seal("mine", "x")}
     assert sent(own) == [{"type": "compaction", "encrypted_content": "x"}]
