@@ -91,7 +91,7 @@ class Settings(BaseSettings):
     `responses-ingress migrate` does it."""
     backend: Kind | None = None
     """Short form for one single upstream: its kind. Unset, and no `upstreams`: `echo`."""
-    upstream: Url | None = None
+    upstream: Url | None = Field(default=None, repr=False)
     """Short form for one single upstream: its address, for every kind but `echo`."""
     upstreams: dict[str, Upstream] = {}
     """Upstreams by name, see below."""

@@ -39,7 +39,7 @@ class Upstream(BaseModel):
     """`chat`: a chat-completions server. `responses`: a Responses server. `background`: a Responses provider that works
     in the background and is polled. `messages`: a server of the Anthropic Messages API. `echo`: the embedded echo,
     which needs no model."""
-    url: Url | None = None
+    url: Url | None = Field(default=None, repr=False)
     """Base address, up to and including `/v1`. Required, but for `echo`."""
     api_key_env: str | None = None
     """Name of the environment variable that holds the upstream's key."""
@@ -59,7 +59,7 @@ class Upstream(BaseModel):
     read_timeout: PositiveFloat = 300.0
     """Seconds an answer may pause between two chunks."""
     retries: NonNegativeInt = 0
-    """How often a request is made again that could not be delivered, or that was answered with 429, 502, 503 or 529.
+    """How often a request is made again that could not be delivered, or that was answered with 429, 503 or 529.
     Not where something of an answer may have been made, nor where the upstream wants a wait of more than 10 s."""
     max_concurrent: PositiveInt | None = None
     """Turns that the upstream gets at a time, from one process; more of them wait. Unset: any number."""
@@ -120,8 +120,8 @@ class Upstream(BaseModel):
     """`background`: seconds that a response may take whose window is not given as a number of `s`, `m`, `h` or `d`."""
     margin: NonNegativeFloat = 3_600.0
     """`background`: seconds that a response may take beyond its window, before it is cancelled."""
-    cancel_timeout: PositiveFloat = 10.0
-    """`background`: seconds for telling the provider to cancel."""
+    cancel_timeout: PositiveFloat = Field(default=5.0, le=5.0)
+    """`background`: seconds for telling the provider to cancel, at most 5."""
 
     _api_key: SecretStr | None = PrivateAttr(default=None)
 
@@ -169,10 +169,22 @@ def check_upstream(name: str, upstream: Upstream) -> None:
     check_address(f"{where}.url", upstream.url)
     if upstream.api_key_env and upstream.pass_bearer:
         raise SettingsError(f"'{where}' has both 'api_key_env' and 'pass_bearer'; a request has room for one key.")
+    if upstream.kind == "background":
+        _check_background(where, upstream)
     if upstream.kind == "chat" and upstream.system == "user":
         raise SettingsError(f"'{where}.system' is user, which only messages knows.")
     if upstream.ca_file:
         _check_certificates(f"{where}.ca_file", upstream.ca_file)
+
+
+def _check_background(where: str, upstream: Upstream) -> None:
+    if upstream.pass_bearer:
+        raise SettingsError(
+            f"'{where}' is of kind background, which takes no 'pass_bearer': keys of clients are not stored, and a"
+            " response could not be asked for after a restart."
+        )
+    if upstream.first_poll > upstream.longest_poll:
+        raise SettingsError(f"'{where}.first_poll' is longer than its 'longest_poll'.")
 
 
 def check_address(name: str, url: str) -> None:

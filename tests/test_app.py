@@ -41,7 +41,7 @@ CHANGED: dict[str, Any] = {
     "poll_timeout": 4.0,
     "patience": 5.0,
     "margin": 6.0,
-    "cancel_timeout": 7.0,
+    "cancel_timeout": 4.0,
 }
 
 

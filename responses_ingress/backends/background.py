@@ -1,8 +1,8 @@
 """The backend for slow Responses providers: they take a request in the background, and are asked for its answer
 until it is there, minutes or a day later.
 
-What must stay true: upstream a response is created at most once, and its id is yielded as memory before it
-is asked for; whoever has that memory can go on asking, in another process too; a provider that cannot be
+What must stay true: upstream a response is created at most once: that it will be is yielded as memory before
+it is, and its id before it is asked for; whoever has that memory can go on, in another process too; a provider that cannot be
 reached is asked again until its time is up; ending the iteration does not end the work upstream (`cancel`
 does), but for a response whose id nobody has got yet.
 """
@@ -13,7 +13,7 @@ import random
 import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 from urllib.parse import quote
@@ -42,7 +42,13 @@ logger = logging.getLogger(__name__)
 _PASSING = frozenset({408, 409, 425, 429})
 """Statuses below 500 that say nothing of the response itself."""
 
+_KEYS = frozenset({401, 403})
+"""Statuses of a key, which operators change while responses are under way."""
+
 _GONE = frozenset({404, 410})
+_SETTLING = 60.0
+"""Seconds in which a provider may not know yet, at every place, the response that it has created."""
+
 _BUSY = 503
 
 _SLOWER = 1.5
@@ -84,7 +90,7 @@ class BackgroundOptions:
     poll_timeout: float = 60.0
     patience: float = 86_400.0
     margin: float = 3_600.0
-    cancel_timeout: float = 10.0
+    cancel_timeout: float = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,20 +130,35 @@ class BackgroundBackend:
         return self._upstream.name
 
     async def stream(self, turn: Turn) -> AsyncGenerator[Sequence[Delta], None]:
-        if turn.resume is None:
+        state = turn.resume
+        if state is None or "response_id" not in state:
+            if state is None:
+                state = {"creating": True, "items": len(turn.items), "until": self._deadline(turn)}
+                yield [Remember(state)]
+            else:
+                self._check_repeated(state, turn)
             created = await self._create(turn)
             if _is_over(created):
                 yield self._answer(created)
                 return
-            state: Mapping[str, Any] = {"response_id": created["id"], "until": self._deadline(turn)}
+            state = {"response_id": self._id_of(created), "until": state["until"], "since": self._pace.clock()}
+            yield [Remember(state), *_accepted(created)]
         else:
-            state = turn.resume
-        yield [Accepted(), Remember(state)]
-        yield self._answer(await self._wait(state, turn))
+            yield [Remember(state)]
+        async with aclosing(self._waited(state, turn)) as looks:
+            async for response in looks:
+                yield self._answer(response) if _is_over(response) else [Accepted()]
+
+    def _check_repeated(self, state: Mapping[str, Any], turn: Turn) -> None:
+        """Another process may have created the response. Only the same request, with the same key, finds it."""
+        if not self._options.idempotency or state.get("items") != len(turn.items):
+            raise _unknown("The server was stopped while it was asked.")
 
     async def cancel(self, state: Mapping[str, Any], bearer: str | None) -> None:
         """Tell the provider to end the response that `state` remembers. It raises nothing: there is nothing
-        more that could be done."""
+        more that could be done. Where the response has no id yet, nothing can be told."""
+        if "response_id" not in state:
+            return
         try:
             async with asyncio.timeout(self._options.cancel_timeout):
                 answer = await self._client.post(f"{_path(state)}/cancel", b"{}", bearer)
@@ -160,11 +181,14 @@ class BackgroundBackend:
 
     async def _create(self, turn: Turn) -> dict[str, Any]:
         """The response as the provider created it. Whoever leaves while it does so leaves a response that nobody
-        could find again: it is cancelled as soon as it has an id."""
+        could find again: it is cancelled as soon as it has an id. With a key another process finds it."""
         creating = asyncio.create_task(self._created(turn))
         try:
             return await asyncio.shield(creating)
         except asyncio.CancelledError:
+            if self._options.idempotency:
+                creating.cancel()
+                raise
             leaving = asyncio.create_task(self._withdraw(creating, turn.bearer))
             self._leaving.add(leaving)
             leaving.add_done_callback(self._leaving.discard)
@@ -184,13 +208,13 @@ class BackgroundBackend:
             if not _is_unknown(error):
                 raise
             if not self._options.idempotency:
-                raise _unknown(error) from error
+                raise _unknown(error.message) from error
         await self._pace.sleep(self._options.first_poll)
         try:
             return await self._ask(turn)
         except IngressError as error:
             # Whatever this refusal says, the first request may have begun.
-            raise _unknown(error) from error
+            raise _unknown(error.message) from error
 
     async def _ask(self, turn: Turn) -> dict[str, Any]:
         key = turn.response_id if self._options.idempotency else None
@@ -202,6 +226,13 @@ class BackgroundBackend:
         if not _is_over(created) and not (isinstance(created.get("id"), str) and created["id"]):
             raise UpstreamInvalid(f"The upstream '{self.name}' began a response without an id.")
         return created
+
+    def _id_of(self, created: Mapping[str, Any]) -> str:
+        """Its id, which becomes a part of a path."""
+        id = str(created["id"])
+        if id in (".", "..") or "/" in id:
+            raise UpstreamInvalid(f"The upstream '{self.name}' began a response with an id that cannot be asked for.")
+        return id
 
     def _more(self, turn: Turn) -> dict[str, Any]:
         """The fields that make it a background response. It must be stored, or it could not be asked for."""
@@ -230,17 +261,23 @@ class BackgroundBackend:
 
     # Waiting
 
-    async def _wait(self, state: Mapping[str, Any], turn: Turn) -> Mapping[str, Any]:
-        """The response, ended. It is asked for at once where another process has waited already."""
-        path, until = _path(state), state.get("until")
+    async def _waited(self, state: Mapping[str, Any], turn: Turn) -> AsyncGenerator[Mapping[str, Any], None]:
+        """The response when it is worked on, then ended. It is asked for at once where another process has waited
+        already."""
+        until, accepted = state.get("until"), False
         deadline = until if isinstance(until, int | float) else self._deadline(turn)
         delay = self._options.first_poll
         wait = self._shaken(delay) if turn.resume is None else 0.0
         while True:
             await self._pace.sleep(wait)
-            look = await self._look(path, turn.bearer)
-            if look.response is not None and _is_over(look.response):
-                return look.response
+            look = await self._look_or_cancel(state, turn.bearer)
+            if look.response is not None:
+                if _is_over(look.response):
+                    yield look.response
+                    return
+                if not accepted and _accepted(look.response):
+                    accepted = True
+                    yield look.response
             left = deadline - self._pace.clock()
             if left <= 0:
                 await self.cancel(state, turn.bearer)
@@ -251,8 +288,18 @@ class BackgroundBackend:
     def _shaken(self, delay: float) -> float:
         return delay * (1 - _JITTER * self._pace.chance())
 
-    async def _look(self, path: str, bearer: str | None) -> _Look:
-        """One poll. Raises what will not pass."""
+    async def _look_or_cancel(self, state: Mapping[str, Any], bearer: str | None) -> _Look:
+        """One poll. What will not pass is raised, and the response, which may still run, cancelled."""
+        since = state.get("since")
+        new = isinstance(since, int | float) and self._pace.clock() - since < _SETTLING
+        try:
+            return await self._look(_path(state), bearer, new)
+        except IngressError:
+            await self.cancel(state, bearer)
+            raise
+
+    async def _look(self, path: str, bearer: str | None, new: bool) -> _Look:
+        """One poll, of a response that may be `new`. Raises what will not pass."""
         try:
             async with asyncio.timeout(self._options.poll_timeout):
                 status, body, wait = await self._get(path, bearer)
@@ -262,10 +309,10 @@ class BackgroundBackend:
             return _Look(trouble=UpstreamTimeout(f"The upstream '{self.name}' took too long to answer a poll."))
         except (UpstreamUnreachable, UpstreamTimeout, UpstreamTruncated, UpstreamInvalid) as error:
             return _Look(trouble=error)
-        if status in _GONE:
+        if status in _GONE and not (new and status == 404):
             raise _lost(self.name)
         refusal = read_error(status, body, wait)
-        if status >= 500 or status in _PASSING:
+        if status >= 500 or status == 404 or status in _PASSING | _KEYS:
             return _Look(None, wait, refusal)
         raise refusal
 
@@ -282,7 +329,7 @@ class BackgroundBackend:
         if response.get("status") == "expired":
             response = {**response, "status": "failed", "error": _EXPIRED}
         *deltas, finish = ResponsesReader(self.name).read_json(response)
-        return [*deltas, without_ours(finish) if isinstance(finish, Finish) else finish]
+        return [Accepted(), *deltas, without_ours(finish) if isinstance(finish, Finish) else finish]
 
 
 def _as_object(upstream: Upstream, body: bytes) -> dict[str, Any]:
@@ -299,6 +346,12 @@ def _is_over(response: Mapping[str, Any]) -> bool:
     return status == "expired" or ended_as(response) is not None or (status is None and bool(response.get("error")))
 
 
+def _accepted(response: Mapping[str, Any]) -> list[Delta]:
+    """That it is worked on, where it is."""
+    status = response.get("status")
+    return [Accepted()] if isinstance(status, str) and status != "queued" else []
+
+
 def _path(state: Mapping[str, Any]) -> str:
     return f"{PATH}/{quote(str(state.get('response_id')), safe='')}"
 
@@ -308,9 +361,9 @@ def _is_unknown(error: UpstreamError) -> bool:
     return not isinstance(error, UpstreamRefused) and error.status != _BUSY and may_have_begun(error)
 
 
-def _unknown(error: IngressError) -> UpstreamError:
+def _unknown(why: str) -> UpstreamError:
     return UpstreamError(
-        f"It is not known whether the upstream began the response, so it was not asked again. {error.message}",
+        f"It is not known whether the upstream began the response, so it was not asked again. {why}",
         code="upstream_create_unknown",
     )
 

@@ -18,7 +18,8 @@ from responses_ingress.core.deltas import Delta, Remember
 from responses_ingress.core.turn import Turn
 from responses_ingress.dialects.emulation import Emulated, emulate, refuses_tools
 from responses_ingress.dialects.text_calls import TextCalls
-from responses_ingress.errors import UpstreamError
+from responses_ingress.dialects.tools import Tool
+from responses_ingress.errors import InvalidRequest, UpstreamError
 from responses_ingress.ids import Clock
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ _MOST = 256
 """Models remembered: where a route passes on any name, a client could name ever new ones."""
 
 _MARK = "emulated_tools"
-"""In what is remembered of a turn: its answer holds calls as text."""
+"""In what is remembered of a turn: its answer holds calls as text, of these tools."""
 
 
 class EmulatedTools:
@@ -72,9 +73,11 @@ class EmulatedTools:
         return [model for model, until in self._until.items() if until > now]
 
     def stream(self, turn: Turn) -> AsyncGenerator[Sequence[Delta], None]:
-        marked = turn.resume is not None and _MARK in turn.resume
+        mark = (turn.resume or {}).get(_MARK)
         turn = replace(turn, memory=_unmarked(turn.memory), resume=_unmarked(turn.resume))
-        if marked or (turn.resume is None and self.tool_mode(turn.model) == "emulated"):
+        if mark is not None:
+            return _told(self._inner.stream(_as_asked(turn)), TextCalls(_unpacked(mark)), mark)
+        if turn.resume is None and self.tool_mode(turn.model) == "emulated":
             emulated = emulate(turn)
             return self._inner.stream(turn) if emulated is None else self._emulated(emulated)
         native = self._inner.stream(turn)
@@ -83,28 +86,32 @@ class EmulatedTools:
     async def _tried(
         self, turn: Turn, native: AsyncGenerator[Sequence[Delta], None]
     ) -> AsyncGenerator[Sequence[Delta], None]:
+        batches = 0
         begun = False
         try:
             async with aclosing(native):
                 async for batch in native:
-                    begun = True
+                    begun = batches > 0 or not _only_remembers(batch)
+                    batches += 1
                     yield batch
                 return
         except UpstreamError as error:
-            emulated = emulate(turn) if refuses_tools(error) and not begun else None
+            emulated = emulate(turn) if _refuses_tools(error) and not begun else None
             if emulated is None:
                 raise
-        async with aclosing(self._emulated(emulated)) as batches:
-            async for batch in batches:
-                if not begun:
+        batches = 0
+        async with aclosing(self._emulated(emulated)) as told:
+            async for batch in told:
+                if not begun and (batches > 0 or not _only_remembers(batch)):
                     # Only now: other errors may show words of the request that look like a refusal.
                     begun = True
                     self._remember(turn.model)
+                batches += 1
                 yield batch
 
     def _emulated(self, emulated: Emulated) -> AsyncGenerator[Sequence[Delta], None]:
         self._left_out.tell(emulated.dropped)
-        return _told(self._inner.stream(emulated.turn), TextCalls(emulated.tools))
+        return _told(self._inner.stream(emulated.turn), TextCalls(emulated.tools), _packed(emulated.tools))
 
     def _remember(self, model: str) -> None:
         logger.info("upstream %s has no tools for a model; they are emulated for an hour", self.name)
@@ -124,17 +131,45 @@ class EmulatedTools:
 
 
 async def _told(
-    batches: AsyncGenerator[Sequence[Delta], None], calls: TextCalls
+    batches: AsyncGenerator[Sequence[Delta], None], calls: TextCalls, mark: Mapping[str, Any]
 ) -> AsyncGenerator[Sequence[Delta], None]:
     async with aclosing(batches):
         async for batch in batches:
-            deltas = [_marked(told) for delta in batch for told in calls.feed(delta)]
+            deltas = [_marked(told, mark) for delta in batch for told in calls.feed(delta)]
             if deltas:
                 yield deltas
 
 
-def _marked(delta: Delta) -> Delta:
-    return Remember({**delta.state, _MARK: True}) if isinstance(delta, Remember) else delta
+def _refuses_tools(error: UpstreamError) -> bool:
+    """What may have begun is not asked for again, whatever its message shows."""
+    return error.code != "upstream_create_unknown" and refuses_tools(error)
+
+
+def _only_remembers(batch: Sequence[Delta]) -> bool:
+    """Whether a first batch says only that the backend is about to ask."""
+    return all(isinstance(delta, Remember) for delta in batch)
+
+
+def _as_asked(turn: Turn) -> Turn:
+    """A turn that is gone on with, as it was asked for. What it has been resumed with may lack what came before it,
+    so that its choice of tools cannot be kept: it is not asked for then."""
+    try:
+        emulated = emulate(turn)
+    except InvalidRequest:
+        emulated = emulate(replace(turn, tool_choice="auto"))
+    return turn if emulated is None else emulated.turn
+
+
+def _packed(tools: Mapping[str, Tool]) -> dict[str, Any]:
+    return {name: list(tool) for name, tool in tools.items()}
+
+
+def _unpacked(mark: Any) -> dict[str, Tool]:
+    return {name: Tool(*tool) for name, tool in mark.items()} if isinstance(mark, dict) else {}
+
+
+def _marked(delta: Delta, mark: Mapping[str, Any]) -> Delta:
+    return Remember({**delta.state, _MARK: mark}) if isinstance(delta, Remember) else delta
 
 
 def _unmarked(state: Mapping[str, Any] | None) -> Mapping[str, Any] | None:

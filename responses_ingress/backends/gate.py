@@ -6,6 +6,7 @@ its time, never what was said. Knows nothing of what the backend is.
 """
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from responses_ingress.ids import Clock
 
 _RETRY_AFTER = 2.0
 """Seconds after which a turn that was refused may find room."""
+
+_CODE = re.compile(r"[a-z0-9_]{1,64}")
+"""Codes that are shown; anything else may be words of the upstream's."""
 
 _OF_THE_REQUEST = frozenset({400, 404, 413})
 """Statuses of failures that say nothing about the upstream."""
@@ -112,7 +116,7 @@ class Gate:
                 self._failed(str(code))
 
     def _failed(self, code: str) -> None:
-        self.fare.last_error = (code, self._clock())
+        self.fare.last_error = (code if _CODE.fullmatch(code) else "upstream_error", self._clock())
 
     async def models(self) -> Sequence[str]:
         return await self.inner.models()

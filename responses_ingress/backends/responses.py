@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 PATH = "/responses"
 
+_MOST_PLAIN = 256
+"""Models remembered: where a route passes on any name, a client could name ever new ones."""
+
 _OURS = frozenset([*DEFAULTS, "model", "conversation", "prompt", "input", "output_text"]) - {"service_tier"}
 """Fields of a response that tell of the request: the client's was another one than the upstream's."""
 
@@ -57,7 +60,7 @@ class Asker:
         self._client = client
         self._name = client.upstream.name
         self.options = options_for(client.upstream.url, options)
-        self._plain: set[str] = set()
+        self._plain: dict[str, None] = {}
         """Models that have no encrypted reasoning to ask for."""
 
     async def ask(self, turn: Turn, more: Mapping[str, Any] | None = None, key: str | None = None) -> Answer:
@@ -73,7 +76,9 @@ class Asker:
             answer = await self._client.post(PATH, body, turn.bearer, _headers(key, body))
             if answer.status < 400:
                 if not options.encrypted_reasoning and self.options.encrypted_reasoning:
-                    self._plain.add(turn.model)
+                    self._plain[turn.model] = None
+                    if len(self._plain) > _MOST_PLAIN:
+                        del self._plain[next(iter(self._plain))]
                 self._tell(turn, call.foreign)
                 return answer
             said = await answer.read_refusal()

@@ -49,8 +49,8 @@ _REST = 0.05
 
 _LONGEST_WAIT = 999_999
 
-_REFUSES_FOR_NOW = frozenset((429, 502, 503, 529))
-"""Statuses that say that nothing was begun, or nothing came of it."""
+_REFUSES_FOR_NOW = frozenset((429, 503, 529))
+"""Statuses that say that nothing was begun. A gateway's 502 may come after work that is paid for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class Upstream:
     """
 
     name: str
-    url: str
+    url: str = field(repr=False)
     key: str | None = field(default=None, repr=False)
     pass_bearer: bool = False
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)

@@ -107,9 +107,11 @@ async def test_it_is_created_once_remembered_polled_and_given_in_one_batch(provi
     provider.script(STARTED)
     provider.looks(QUEUED, RUNNING, RUNNING, whole(*OUTPUT, service_tier="flex", metadata={"a": "b"}))
     async with backend_of(provider, hours.pace()) as backend:
-        first, last = await batches_of(backend)
+        about, first, accepted, last = await batches_of(backend)
         assert (backend.name, backend.resumable, backend.goes_on) == ("slow", True, True)
-    assert first == [Accepted(), Remember({"response_id": ID, "until": LONG_AGO + 90_000})]
+    assert about == [Remember({"creating": True, "items": 1, "until": LONG_AGO + 90_000})]
+    assert first == [Remember({"response_id": ID, "until": LONG_AGO + 90_000, "since": LONG_AGO})]
+    assert accepted == [Accepted()]
     assert build([*first, *last]).response()["output"] == [
         {**OUTPUT[0], "encrypted_content": "slow:gAAA="},
         *OUTPUT[1:],
@@ -125,7 +127,9 @@ async def test_it_does_not_poll_before_its_memory_was_taken(provider: Provider, 
     provider.script(STARTED)
     provider.looks(whole())
     async with backend_of(provider, hours.pace()) as backend, aclosing(backend.stream(turn())) as batches:
-        assert [type(delta) for delta in await anext(batches)] == [Accepted, Remember]
+        assert [type(delta) for delta in await anext(batches)] == [Remember]
+        assert provider.calls == []
+        assert [type(delta) for delta in await anext(batches)] == [Remember]
         assert (provider.polls, hours.waits) == ([], [])
         await anext(batches)
         assert len(provider.polls) == 1
@@ -140,7 +144,7 @@ async def test_an_answer_that_is_there_at_once_is_not_polled(provider: Provider,
 async def test_another_process_goes_on_with_the_same_response(provider: Provider, hours: Hours) -> None:
     provider.looks(RUNNING, whole(text_item("hi")))
     deltas = await played(provider, hours, turn(resume=STATE))
-    assert deltas[:2] == [Accepted(), Remember(STATE)]
+    assert deltas[:2] == [Remember(STATE), Accepted()]
     assert (finish_of(deltas).status, provider.calls, len(provider.polls)) == ("completed", [], 2)
     assert hours.waits[0] == 0
 
@@ -189,6 +193,9 @@ async def test_a_provider_may_ask_for_longer_waits(provider: Provider, hours: Ho
         Reply(body=b"<html>", status=502),
         Reply({}, status=429),
         Reply({}, status=408),
+        Reply({}, status=401),
+        Reply({}, status=403),
+        Reply({}, status=404),
         Reply(body=b"<html>"),
         Reply([]),
         Reply({}),
@@ -197,7 +204,7 @@ async def test_a_provider_may_ask_for_longer_waits(provider: Provider, hours: Ho
         Stream([b'{"id":'], close="reset"),
         Drop(),
     ],
-    ids=["500", "502", "429", "408", "a page", "a list", "nothing", "pending", "eof", "reset", "dropped"],
+    ids=["500", "502", "429", "408", "401", "403", "404", "a page", "a list", "nothing", "pending", "eof", "reset", "dropped"],
 )
 async def test_trouble_that_may_pass_is_waited_out(provider: Provider, hours: Hours, trouble: Any) -> None:
     provider.script(STARTED)
@@ -210,6 +217,7 @@ async def test_a_provider_that_is_away_for_a_while_is_waited_for(provider: Provi
     provider.script(STARTED)
     provider.looks(whole(text_item("hi")))
     async with backend_of(provider, hours.pace()) as backend, aclosing(backend.stream(turn())) as batches:
+        await anext(batches)
         await anext(batches)
         await provider.stop()
         polling = asyncio.ensure_future(anext(batches))
@@ -235,10 +243,11 @@ async def test_a_response_that_is_gone_has_failed(provider: Provider, hours: Hou
 
 async def test_a_poll_that_is_refused_for_good_ends_the_response(provider: Provider, hours: Hours) -> None:
     provider.script(STARTED)
-    provider.looks(Reply({}, status=401))
+    provider.looks(Reply({}, status=400))
     with pytest.raises(UpstreamRefused):
         await played(provider, hours)
     assert len(provider.polls) == 1
+    assert provider.cancels == [f"/v1/responses/{ID}/cancel"]
 
 
 # Windows.
@@ -466,6 +475,38 @@ async def test_a_mended_request_is_another_one(provider: Provider, hours: Hours)
     await played(provider, hours, idempotency=True)
     assert len({call.headers["idempotency-key"] for call in provider.calls}) == 2
     assert ["include" in call.json for call in provider.calls] == [True, False]
+
+
+@pytest.mark.parametrize("idempotency", [True, False])
+async def test_a_create_that_was_begun_elsewhere_is_repeated_only_with_its_key(
+    provider: Provider, hours: Hours, idempotency: bool
+) -> None:
+    async with backend_of(provider, hours.pace(), idempotency=idempotency) as backend:
+        async with aclosing(backend.stream(turn())) as batches:
+            (remembered,) = await anext(batches)
+        assert isinstance(remembered, Remember)
+        assert provider.calls == []
+        await backend.cancel(remembered.state, None)
+        assert provider.cancels == []
+        provider.script(STARTED)
+        provider.looks(whole())
+        if idempotency:
+            await batches_of(backend, turn(resume=remembered.state))
+        else:
+            with pytest.raises(UpstreamError) as failed:
+                await batches_of(backend, turn(resume=remembered.state))
+            assert failed.value.code == "upstream_create_unknown"
+        with pytest.raises(UpstreamError):
+            await batches_of(backend, turn(context=[HI], resume=remembered.state))
+    assert len(provider.calls) == int(idempotency)
+
+
+@pytest.mark.parametrize("id", [".", "..", "a/b"])
+async def test_an_id_that_is_a_path_is_refused(provider: Provider, hours: Hours, id: str) -> None:
+    provider.script(Reply({**response("queued"), "id": id}))
+    with pytest.raises(UpstreamInvalid, match="cannot be asked for"):
+        await played(provider, hours)
+    assert provider.polls == []
 
 
 # Leaving.
