@@ -2,26 +2,30 @@
 
 The tools are described in the instructions, earlier calls and outputs become texts of assistant and user, and
 the choice of tools, the number of calls and the format of the answer are asked for in words. The way back is
-`text_calls`, whose form of a call is the only one that is taught.
+`text_calls`, which reads calls in the form that is taught here.
 
 What must stay true: the history says the same, in the same order, in messages that take turns where they did;
 what a tool has put out cannot end its own block; the same turn gives the same text, so that an upstream can
 keep what it has read. Knows nothing of any upstream but how those without tools refuse them.
 """
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
 from responses_ingress.core.deltas import Item
 from responses_ingress.core.items import CALLS, OUTPUTS
 from responses_ingress.core.turn import Turn
-from responses_ingress.dialects.text_calls import CLOSING, OPENING, RESPONSE
-from responses_ingress.dialects.tools import Function, Tool, Toolbox, ToolMap, toolbox, wrapped
+from responses_ingress.dialects.tools import Function, Tool, Toolbox, ToolMap, Unwrapper, toolbox, wrapped
 from responses_ingress.errors import IngressError, UpstreamError
+
+OPENING, CLOSING = "<tool_call>", "</tool_call>"
+RESPONSE = "<tool_response"
+"""How a tool's output begins, where it is told as text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +211,59 @@ def _parts(message: Item) -> Sequence[Any]:
 
 def _text(role: str, text: str) -> dict[str, Any]:
     return {"type": "output_text" if role == "assistant" else "input_text", "text": text}
+
+
+# What is a call.
+
+_INPUT = re.compile(r'\s*\{\s*"input"\s*:\s*"')
+
+
+class TextCall(NamedTuple):
+    """A call as a text holds it. `text` is what goes into the item: a custom tool's input, else arguments."""
+
+    tool: Tool
+    text: str
+
+
+_KEYS = frozenset({"name", "arguments", "parameters", "id", "type"})
+
+
+def read_call(text: str, tools: Mapping[str, Tool]) -> TextCall | None:
+    """The call that a JSON object is, if it is one. Bare line ends in strings and `parameters` for
+    `arguments` are habits of weak models."""
+    try:
+        given = json.loads(text, strict=False)
+        name = given.get("name")
+        tool = tools.get(name) if isinstance(name, str) and given.keys() <= _KEYS else None
+        carried = None if tool is None else _carried(tool, given.get("arguments", given.get("parameters")))
+        if tool is None or carried is None:
+            return None
+        carried.encode()  # half a surrogate pair can be written in JSON, and not be told
+    except (ValueError, RecursionError):
+        return None
+    return TextCall(tool, carried)
+
+
+def _carried(tool: Tool, given: Any) -> str | None:
+    """The text that a call's arguments are, or None where they are none. They may be JSON in a string."""
+    if tool.kind == "custom":
+        return _input(given)
+    arguments = json.loads(given or "{}", strict=False) if isinstance(given, str) else {} if given is None else given
+    return _dumped(arguments) if isinstance(arguments, dict) else None
+
+
+def _input(given: Any) -> str | None:
+    """A custom tool's input, which may stand where its wrapper should."""
+    if isinstance(given, str) and not _INPUT.match(given):
+        return given or None
+    if not isinstance(given, str | dict) or not given:
+        return None
+    unwrapper = Unwrapper()
+    return unwrapper.feed(given if isinstance(given, str) else _dumped(given)) + unwrapper.end()
+
+
+def _dumped(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 # How tools are refused.

@@ -205,8 +205,7 @@ class ResponsesReader:
         }
 
     def _cut(self, items: Sequence[Item]) -> list[Item]:
-        """The items of a response that was not completed: a call in it that may be half is told to be, but for one
-        that was already passed on as done."""
+        """The items of a response that was not completed: what may be half a call is one, unless told as done."""
         cut: list[Item] = []
         for number, item in enumerate(items, 1):
             slot = self._by_id.get(item["id"])

@@ -9,25 +9,21 @@ object that names a known tool, whether or not the closing tag follows (models f
 inside of a string ends nothing. Anything else stays text, and so do calls in `<think>` at the beginning.
 
 What must stay true: how the text was cut into pieces changes nothing; what may be the beginning of a call is
-held back until it is known; no call is made up; of a call that the answer's end cut short nothing is told.
+held back until it is known; no call is made up; of a call that the answer's end cut short nothing is told,
+neither as a call nor as text, whatever the upstream says of its message, and such an answer is not completed.
 Once a model that has made a call goes on with a `<tool_response>`, it makes the tool's answer up, and nothing
 further of its text is told, least of all a call. Knows nothing of any upstream.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
 
 from responses_ingress.core.deltas import Close, Delta, Finish, Item, Mark, Note, Open, Part, Text
 from responses_ingress.core.replay import opening
-from responses_ingress.dialects.tools import Tool, Unwrapper, call_skeleton
-from responses_ingress.errors import IllegalDelta
-
-OPENING, CLOSING = "<tool_call>", "</tool_call>"
-RESPONSE = "<tool_response"
-"""How a tool's output begins, where it is told as text."""
+from responses_ingress.dialects.emulation import CLOSING, OPENING, RESPONSE, TextCall, read_call
+from responses_ingress.dialects.tools import Tool, call_skeleton
+from responses_ingress.errors import IllegalDelta, UpstreamTruncated
 
 _THINK, _THOUGHT = "<think>", "</think>"
 _SLICE = 4096
@@ -36,14 +32,6 @@ _MOST_SPACE = 64
 _QUOTE = re.compile(r'["\\]')
 _SIGN = re.compile(r"[^\s,:0-9+\-.eEtrufalsn]")
 """In JSON, outside of strings: what opens or closes something, or cannot stand there."""
-_INPUT = re.compile(r'\s*\{\s*"input"\s*:\s*"')
-
-
-class TextCall(NamedTuple):
-    """A call as a text holds it. `text` is what goes into the item: a custom tool's input, else arguments."""
-
-    tool: Tool
-    text: str
 
 
 class CallParser:
@@ -66,6 +54,16 @@ class CallParser:
             while rest:
                 rest = self._step(self, rest, found)
         return found
+
+    @property
+    def holds(self) -> bool:
+        """Whether anything is held back."""
+        return bool(self._held or self._pieces)
+
+    @property
+    def in_call(self) -> bool:
+        """Whether a call has begun that is not whole: after its tag, the object has."""
+        return self._step is CallParser._call
 
     def end(self) -> str:
         """What was held back and is text after all, as the text is whole. Where it is cut short, that is
@@ -119,7 +117,7 @@ class CallParser:
         if not ended and at == len(rest):
             return ""
         (head, *pieces), self._pieces = self._pieces, []
-        call = _read("".join(pieces), self._tools) if ended else None
+        call = read_call("".join(pieces), self._tools) if ended else None
         if call is None:
             found.append("".join((head, *pieces)))
             self._step = CallParser._text
@@ -189,47 +187,6 @@ class _Object:
         return len(text), False
 
 
-_KEYS = frozenset({"name", "arguments", "parameters", "id", "type"})
-
-
-def _read(text: str, tools: Mapping[str, Tool]) -> TextCall | None:
-    """The call that a JSON object is, if it is one. Bare line ends in strings and `parameters` for
-    `arguments` are habits of weak models."""
-    try:
-        given = json.loads(text, strict=False)
-        name = given.get("name")
-        tool = tools.get(name) if isinstance(name, str) and given.keys() <= _KEYS else None
-        carried = None if tool is None else _carried(tool, given.get("arguments", given.get("parameters")))
-        if tool is None or carried is None:
-            return None
-        carried.encode()  # half a surrogate pair can be written in JSON, and not be told
-    except (ValueError, RecursionError):
-        return None
-    return TextCall(tool, carried)
-
-
-def _carried(tool: Tool, given: Any) -> str | None:
-    """The text that a call's arguments are, or None where they are none. They may be JSON in a string."""
-    if tool.kind == "custom":
-        return _input(given)
-    arguments = json.loads(given or "{}", strict=False) if isinstance(given, str) else {} if given is None else given
-    return _dumped(arguments) if isinstance(arguments, dict) else None
-
-
-def _input(given: Any) -> str | None:
-    """A custom tool's input, which may stand where its wrapper should."""
-    if isinstance(given, str) and not _INPUT.match(given):
-        return given or None
-    if not isinstance(given, str | dict) or not given:
-        return None
-    unwrapper = Unwrapper()
-    return unwrapper.feed(given if isinstance(given, str) else _dumped(given)) + unwrapper.end()
-
-
-def _dumped(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
-
-
 @dataclass(slots=True)
 class _Message:
     """A message of the upstream, which may become none, one or several of ours.
@@ -263,13 +220,17 @@ class TextCalls:
         self._theirs = 0
         self._ours = 0
         """The next output index, there and here."""
+        self._waiting: dict[int, Close] = {}
+        """Ends of messages whose last text may be half a call: what comes next tells whether it was cut short."""
         self._cut: list[int] = []
         """Messages of ours that the upstream has ended as incomplete."""
 
     def feed(self, delta: Delta) -> list[Delta]:
         match delta:
             case Open(index, item):
-                return self._open(index, item)
+                return [*self._settle(), *self._open(index, item)]
+            case Part() | Text() | Note() | Close() if delta.index in self._waiting:
+                raise IllegalDelta(f"No item is open at output index {delta.index}.")
             case Part() | Text() | Note() | Close() if delta.index in self._messages:
                 return self._in_message(self._messages[delta.index], delta)
             case Part() | Text() | Note() | Close():
@@ -314,7 +275,19 @@ class TextCalls:
             case Note():
                 message.notes.append(delta)
                 return self._shown(message) if message.told else []
+        if message.parser and message.parser.holds and not _is_cut(delta):
+            self._waiting[delta.index] = delta
+            return []
         return self._close(delta, message)
+
+    def _settle(self, cut: bool = False) -> list[Delta]:
+        """The ends that waited. Those of an answer that was cut short are for its Finish."""
+        deltas: list[Delta] = []
+        waiting, self._waiting = self._waiting, {}
+        for index, close in waiting.items():
+            message = self._messages[index]
+            deltas += self._end_text(message, cut=True) if cut else self._close(close, message)
+        return deltas
 
     def _tell(self, message: _Message, found: Iterable[str | TextCall]) -> list[Delta]:
         deltas: list[Delta] = []
@@ -355,6 +328,8 @@ class TextCalls:
 
     def _end_text(self, message: _Message, cut: bool = False) -> list[Delta]:
         """The rest of the text that is under way."""
+        if not cut and message.parser and message.parser.in_call:
+            raise UpstreamTruncated("The upstream's answer broke off in the middle of a call.")
         rest = message.parser.end() if message.parser else ""
         message.parser = None
         if cut and rest:
@@ -363,7 +338,7 @@ class TextCalls:
         return self._tell(message, [rest])
 
     def _close(self, delta: Close, message: _Message) -> list[Delta]:
-        cut = delta.item is not None and delta.item.get("status") == "incomplete"
+        cut = _is_cut(delta)
         deltas = self._end_text(message, cut)
         del self._messages[delta.index]
         if message.whole:
@@ -378,7 +353,7 @@ class TextCalls:
         return [*deltas, Close(message.index)]
 
     def _finish(self, finish: Finish) -> list[Delta]:
-        deltas: list[Delta] = []
+        deltas = self._settle(cut=finish.status != "completed")
         items = dict(sorted((finish.items or {}).items()))
         new = [index for index in items if index >= self._theirs]
         for index in new:
@@ -397,3 +372,7 @@ class TextCalls:
         last = {self._indexes[index]: item for index, item in items.items() if index in self._indexes}
         last |= {self._new(): items[index] for index in new if index in items}
         return [*deltas, replace(finish, items=last or None)]
+
+
+def _is_cut(close: Close) -> bool:
+    return close.item is not None and close.item.get("status") == "incomplete"

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from responses_ingress.core.deltas import Item
 from responses_ingress.core.turn import Turn
 from responses_ingress.dialects.chat import ChatOptions, encode
-from responses_ingress.dialects.emulation import Emulated, emulate, refuses_tools
+from responses_ingress.dialects.emulation import Emulated, TextCall, emulate, refuses_tools
 from responses_ingress.dialects.failures import read_error
-from responses_ingress.dialects.text_calls import CallParser, TextCall
+from responses_ingress.dialects.text_calls import CallParser
 from responses_ingress.dialects.tools import Tool
 from responses_ingress.errors import InvalidRequest, UpstreamRefused
 

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 
 from responses_ingress.core.deltas import Accepted, Close, Delta, Finish, Mark, Note, Open, Part, Remember, Text
 from responses_ingress.dialects.chat_reader import ChatReader
-from responses_ingress.dialects.text_calls import CallParser, TextCall, TextCalls
+from responses_ingress.dialects.emulation import TextCall
+from responses_ingress.dialects.text_calls import CallParser, TextCalls
 from responses_ingress.dialects.tools import Tool, ToolMap
-from responses_ingress.errors import IllegalDelta
+from responses_ingress.errors import IllegalDelta, UpstreamTruncated
 from tests.core.shapes import legal_deltas
 from tests.dialects.play import brief, events_of, response_of
 
@@ -371,12 +373,26 @@ def test_a_whole_completion_is_read_alike() -> None:
 
 # Endings
 
+OPENED = re.compile(r"<tool_call>\s*\{")
 BEGUN = ["<tool_ca", "<tool_call>\n", '<tool_call>{"name": "f"', '<tool_call>{"name": "f", "arguments": {"a": "b']
 
 
-@pytest.mark.parametrize("begun", BEGUN)
-def test_half_a_call_is_text_where_the_answer_is_whole(begun: str) -> None:
+@pytest.mark.parametrize("begun", BEGUN[:2])
+def test_what_has_not_become_a_call_is_text_where_the_answer_is_whole(begun: str) -> None:
     assert answer("Look.\n", begun) == [("message", f"Look.\n{begun}")]
+
+
+@pytest.mark.parametrize("begun", BEGUN[2:])
+def test_an_answer_completed_in_the_middle_of_a_call_is_truncated(begun: str) -> None:
+    told = texts("Look.\n", begun)
+    for end in ([Close(0), DONE], [DONE], [Part(0, "refusal")], [Close(0), Open(1, MESSAGE)]):
+        with pytest.raises(UpstreamTruncated):
+            filtered([*told, *end])
+
+
+def test_a_mere_mention_of_the_tag_is_text() -> None:
+    for text in ("Write <tool_call> first.", "Write <tool_call>", "A <tool_call>{} is empty.", "<tool_call>{so"):
+        assert answer(text) == [("message", text)]
 
 
 CUT = [Finish("incomplete", reason="max_output_tokens"), Finish("failed", error={"code": "c", "message": "m"})]
@@ -389,6 +405,31 @@ def test_half_a_call_is_nothing_where_the_answer_is_cut_short(begun: str, finish
     assert brief(response["output"]) == [("message", "Look.")]
     assert (response["status"], response["output"][0]["status"]) == (finish.status, "incomplete")
     assert output([*texts(call(), begun), finish]) == [("call", "f {}")]
+
+
+@pytest.mark.parametrize("status", ["completed", None])
+@pytest.mark.parametrize("finish", CUT)
+@pytest.mark.parametrize("begun", BEGUN)
+def test_half_a_call_is_nothing_even_where_its_message_is_said_to_be_whole(
+    begun: str, finish: Finish, status: str | None
+) -> None:
+    final = {**MESSAGE, "status": status, "content": [{"type": "output_text", "text": f"Look.\n{begun}"}]}
+    told = filtered([*texts("Look.\n", begun), Close(0, final), replace(finish, items={0: final})])
+    assert not [delta for delta in told if isinstance(delta, Close)]
+    response = response_of(told)
+    assert brief(response["output"]) == [("message", "Look.")]
+    assert (response["status"], response["output"][0]["status"]) == (finish.status, "incomplete")
+
+
+def test_nothing_comes_for_a_message_whose_end_waits() -> None:
+    for delta in (Text(0, "a"), Part(0, "refusal"), Close(0)):
+        with pytest.raises(IllegalDelta):
+            filtered([*texts("a <tool"), Close(0), delta])
+
+
+def test_an_end_that_waited_comes_before_the_next_item() -> None:
+    told = filtered([*texts("a <tool"), Close(0), Open(1, {"type": "reasoning", "summary": []})])
+    assert told[-3:] == [Text(0, " <tool"), Close(0), Open(1, {"type": "reasoning", "summary": []})]
 
 
 def test_an_upstream_may_end_the_message_as_incomplete_first() -> None:
@@ -454,7 +495,11 @@ def test_any_text_gives_a_legal_answer(data: st.DataObject, messages: list[str],
         deltas += [Open(index, MESSAGE), Part(index, "output_text"), *pieces]
         if finish is DONE or index < len(messages) - 1:
             deltas.append(Close(index))
-    events = events_of(filtered([*deltas, finish]))
+    try:
+        events = events_of(filtered([*deltas, finish]))
+    except UpstreamTruncated:
+        assert any(OPENED.search(text) for text in messages)
+        return
     done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
     expected = [part for text in messages for part in parsed(text) if isinstance(part, TextCall)]
     told = [item["arguments"] for item in done if item["type"] == "function_call"]
