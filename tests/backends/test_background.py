@@ -204,7 +204,22 @@ async def test_a_provider_may_ask_for_longer_waits(provider: Provider, hours: Ho
         Stream([b'{"id":'], close="reset"),
         Drop(),
     ],
-    ids=["500", "502", "429", "408", "401", "403", "404", "a page", "a list", "nothing", "pending", "eof", "reset", "dropped"],
+    ids=[
+        "500",
+        "502",
+        "429",
+        "408",
+        "401",
+        "403",
+        "404",
+        "a page",
+        "a list",
+        "nothing",
+        "pending",
+        "eof",
+        "reset",
+        "dropped",
+    ],
 )
 async def test_trouble_that_may_pass_is_waited_out(provider: Provider, hours: Hours, trouble: Any) -> None:
     provider.script(STARTED)
@@ -499,6 +514,28 @@ async def test_a_create_that_was_begun_elsewhere_is_repeated_only_with_its_key(
         with pytest.raises(UpstreamError):
             await batches_of(backend, turn(context=[HI], resume=remembered.state))
     assert len(provider.calls) == int(idempotency)
+
+
+async def test_it_is_accepted_when_the_provider_works_on_it(provider: Provider, hours: Hours) -> None:
+    provider.script(STARTED, RUNNING)
+    provider.looks(QUEUED, Reply({}), RUNNING, RUNNING, whole())
+    async with backend_of(provider, hours.pace()) as backend, aclosing(backend.stream(turn())) as batches:
+        assert [type(delta) for _ in range(2) for delta in await anext(batches)] == [Remember, Remember]
+        assert await anext(batches) == [Accepted()]
+        assert len(provider.polls) == 3
+        assert isinstance((await anext(batches))[-1], Finish)
+        _, created, *_ = await batches_of(backend)
+    assert created[-1] == Accepted()
+
+
+async def test_an_unknown_response_is_waited_for_a_minute_and_then_cancelled(provider: Provider, hours: Hours) -> None:
+    provider.script(STARTED)
+    provider.looks(Reply({}, status=404))
+    with pytest.raises(UpstreamError) as failed:
+        await played(provider, hours, longest_poll=10)
+    assert failed.value.code == "upstream_response_gone"
+    assert LONG_AGO + 60 <= hours.now < LONG_AGO + 75
+    assert provider.cancels == [f"/v1/responses/{ID}/cancel"]
 
 
 @pytest.mark.parametrize("id", [".", "..", "a/b"])

@@ -189,3 +189,12 @@ async def test_the_rest_is_the_backends() -> None:
     await gate.cancel({"id": 1}, None)
     await gate.close()
     assert backend.cancelled == [{"id": 1}] and backend.closed
+
+
+@pytest.mark.parametrize("code", ["sk-secret", "words of theirs", "a" * 65, ""])
+async def test_codes_that_may_be_words_are_not_shown(code: str) -> None:
+    gate = Gate(ScriptedBackend([Accepted()], [UpstreamError("No.", code=code or "Ä")]), clock=ManualClock())
+    with pytest.raises(UpstreamError):
+        _ = [batch async for batch in gate.stream(Turn("resp", "thread", "model"))]
+    assert gate.fare.last_error is not None
+    assert gate.fare.last_error[0] == "upstream_error"
