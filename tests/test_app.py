@@ -100,7 +100,8 @@ async def test_a_key_is_sent_as_the_kind_wants_it(
         given._api_key = SecretStr("secret")
         gate = make_backends(Settings(upstreams={"it": given}))["it"]
         with pytest.raises(UpstreamError):
-            await anext(gate.stream(Turn("resp", "thread", "model")))
+            async for _ in gate.stream(Turn("resp", "thread", "model")):
+                pass
         await gate.close()
         (asked,) = upstream.requests
     assert (asked.path, asked.headers["x"], asked.headers[header[0]]) == (path, "y", header[1])

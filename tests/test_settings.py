@@ -279,3 +279,10 @@ def test_settings_travel_through_the_environment() -> None:
 def test_loaded_settings_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load(None, {}, {}).port = 1
+
+
+def test_a_password_in_an_address_is_not_shown() -> None:
+    url = "http://me:hidden@a/v1"
+    for settings in (Settings(upstreams={"a": Upstream(url=url)}), Settings(backend="chat", upstream=url)):
+        assert "hidden" not in repr(settings)
+    assert "hidden" not in repr(Settings(backend="chat", upstream=url).effective_upstreams)

@@ -2,9 +2,9 @@
 until it is there, minutes or a day later.
 
 What must stay true: upstream a response is created at most once: that it will be is yielded as memory before
-it is, and its id before it is asked for; whoever has that memory can go on, in another process too; a provider that cannot be
-reached is asked again until its time is up; ending the iteration does not end the work upstream (`cancel`
-does), but for a response whose id nobody has got yet.
+it is, and its id before it is asked for; whoever has that memory can go on, in another process too; a provider
+that cannot be reached is asked again until its time is up; ending the iteration does not end the work upstream
+(`cancel` does), but for a response whose id nobody has got yet.
 """
 
 import asyncio

@@ -65,8 +65,9 @@ async def streamed(wire: Wire, **fields: Any) -> Json:
         ([Reply(response("incomplete", text_item("So far."), **LIMIT))], "incomplete", None),
         ([Reply(response("failed", error={"code": "server_error", "message": "No."}))], "failed", "server_error"),
         ([Reply(response("expired"))], "failed", "upstream_expired"),
-        ([Reply({"error": {"message": "Unknown."}}, status=404)], "failed", "upstream_response_gone"),
-        ([Reply({"error": {"message": "No."}}, status=403)], "failed", "upstream_refused"),
+        ([RUNNING, Reply({"error": {"message": "Unknown."}}, status=410)], "failed", "upstream_response_gone"),
+        ([RUNNING, Reply({"error": {"message": "No."}}, status=400)], "failed", "upstream_refused"),
+        ([Reply({}, status=403), Reply({}, status=401), Reply({}, status=404), DONE], "completed", None),
     ],
 )
 async def test_every_ending_is_told(
@@ -168,6 +169,28 @@ async def test_after_a_restart_the_same_response_is_polled_on(
     assert len(provider.calls) == 1  # it was made once, and asked for under one name
     assert len({poll.path for poll in provider.polls}) == 1
     assert not provider.cancels
+
+
+@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("end", ["killed", "stopped"])
+async def test_what_is_being_created_is_not_created_again(
+    provider: Provider, database: Path, end: str, background: bool
+) -> None:
+    hold = asyncio.Event()
+    provider.script(Reply(response("queued"), hold=hold), QUEUED)
+    provider.looks(DONE)
+    async with process(provider, database) as server:
+        async with Wire(server.url) as wire:
+            await wire.start("POST", "/v1/responses", orjson.dumps({**ASK, "background": background}))
+            begun = await wire.read_until(b"response.created")
+            id = orjson.loads(begun.split(b"data: ")[1].split(b"\n")[0])["response"]["id"]
+            await provider.called(1)
+        await (server.kill() if end == "killed" else server.terminate())
+        hold.set()
+        await server.start()
+        async with Wire(server.url) as wire:
+            ended = await ending(wire, id)
+    assert (ended["status"], len(provider.calls)) == ("failed", 1)
 
 
 async def ending(wire: Wire, id: str) -> Json:

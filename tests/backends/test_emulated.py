@@ -315,6 +315,33 @@ async def test_a_native_turn_that_is_resumed_stays_native(clock: ManualClock) ->
         await deltas_of(backend, turn(model="other", resume={"id": "u1"}))
 
 
+async def test_a_refusal_to_a_request_that_was_only_announced_is_one(clock: ManualClock) -> None:
+    about = [Remember({"creating": True})]
+    inner = ScriptedBackend([about, REFUSED], [about, *spoken(CALL)], resumable=True)
+    backend = EmulatedTools(inner, clock=clock)
+    assert await answered(backend) == [("call", 'look {"at": 1}')]
+    assert backend.tool_mode("m") == "emulated"
+
+
+async def test_what_may_have_begun_is_not_asked_for_in_words(clock: ManualClock) -> None:
+    unknown = UpstreamError("m does not support tools.", code="upstream_create_unknown")
+    inner = ScriptedBackend([unknown], spoken("hi"))
+    with pytest.raises(UpstreamError):
+        await deltas_of(EmulatedTools(inner, clock=clock), turn())
+    assert len(inner.calls) == 1
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "look"}])
+async def test_a_resumed_turn_needs_no_history_for_its_tools(clock: ManualClock, choice: Any) -> None:
+    brought = {"type": "additional_tools", "role": "developer", "tools": [LOOK]}
+    inner = ScriptedBackend([[Remember({"id": "u1"})], *spoken(CALL)], spoken(CALL), resumable=True)
+    backend = EmulatedTools(inner, "emulated", clock)
+    told = await deltas_of(backend, turn(tools=[], context=[brought], tool_choice=choice))
+    (remembered,) = (delta.state for delta in told if isinstance(delta, Remember))
+    resumed = turn(tools=[], tool_choice=choice, resume=remembered)
+    assert await answered(backend, resumed) == [("call", 'look {"at": 1}')]
+
+
 async def test_batches_that_hold_everything_back_are_left_out(clock: ManualClock) -> None:
     inner = ScriptedBackend(spoken("", *CALL))
     batches = [batch async for batch in EmulatedTools(inner, "emulated", clock).stream(turn())]

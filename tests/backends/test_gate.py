@@ -10,7 +10,14 @@ import pytest
 from responses_ingress.backends.gate import Gate
 from responses_ingress.core.deltas import Delta, Finish
 from responses_ingress.core.turn import Turn
-from responses_ingress.errors import Busy, ContextLengthExceeded, IngressError, UpstreamRefused, UpstreamTimeout
+from responses_ingress.errors import (
+    Busy,
+    ContextLengthExceeded,
+    IngressError,
+    UpstreamError,
+    UpstreamRefused,
+    UpstreamTimeout,
+)
 from responses_ingress.testing import ManualClock, ScriptedBackend, Step, ended, opened, spoken
 
 
@@ -189,3 +196,12 @@ async def test_the_rest_is_the_backends() -> None:
     await gate.cancel({"id": 1}, None)
     await gate.close()
     assert backend.cancelled == [{"id": 1}] and backend.closed
+
+
+@pytest.mark.parametrize("code", ["sk-secret", "words of theirs", "a" * 65, ""])
+async def test_codes_that_may_be_words_are_not_shown(code: str) -> None:
+    gate = Gate(ScriptedBackend([UpstreamError("No.", code=code or "Ä")]), clock=ManualClock())
+    with pytest.raises(UpstreamError):
+        _ = [batch async for batch in gate.stream(Turn("resp", "thread", "model"))]
+    assert gate.fare.last_error is not None
+    assert gate.fare.last_error[0] == "upstream_error"

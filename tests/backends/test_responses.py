@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from responses_ingress.backends.responses import ResponsesBackend, options_for
-from responses_ingress.backends.upstream import Timeouts
+from responses_ingress.backends.responses import Asker, ResponsesBackend, options_for
+from responses_ingress.backends.upstream import Client, Timeouts
 from responses_ingress.backends.upstream import Upstream as Settings
 from responses_ingress.core.deltas import Accepted, Delta, Finish, Mark, Remember, Text
 from responses_ingress.core.items import seal, user_message
@@ -434,3 +434,17 @@ async def test_a_cancel_needs_nothing_but_the_end_of_the_iteration(
 ) -> None:
     await backend.cancel({"response_id": ID}, None)
     assert provider.requests == []
+
+
+async def test_only_so_many_models_without_encrypted_reasoning_are_remembered(provider: Provider) -> None:
+    client = Client(Settings("scripted", provider.url))
+    asker = Asker(client, ResponsesOptions())
+    refusal = Reply({"error": {"message": "Not with this model.", "param": "include"}}, status=400)
+    for number in range(257):
+        provider.script(refusal, whole())
+        (await asker.ask(Turn("resp_1", "thread_1", f"m{number}"))).close()
+    provider.script(whole(), refusal, whole())
+    for model in ("m256", "m0"):
+        (await asker.ask(Turn("resp_1", "thread_1", model))).close()
+    assert provider.unused == 0
+    await client.close()

@@ -576,3 +576,7 @@ async def test_the_environment_is_read_once(upstream: Scripted, client: Client) 
     with proxies(http_proxy=f"http://127.0.0.1:{free_port()}"):
         await ask(client)
     assert len(upstream.calls) == 1
+
+
+def test_a_password_in_an_address_is_not_shown() -> None:
+    assert "hidden" not in repr(Upstream("a", "http://me:hidden@a/v1"))
