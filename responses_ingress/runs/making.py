@@ -39,6 +39,7 @@ from responses_ingress.runs.resolve import Resolved, resolve, thread_of
 from responses_ingress.runs.run import Run
 from responses_ingress.runs.work import Kit, Record, Work, cancel_upstream, new_item
 from responses_ingress.store.database import Database
+from responses_ingress.store.history import read_payloads
 from responses_ingress.store.queue import enqueue, nowhere, put_back
 from responses_ingress.store.responses import StoredResponse, envelope_at_creation, read_journal
 from responses_ingress.store.turns import begin, begin_claimed, end, go_on
@@ -195,8 +196,10 @@ class Maker:
         request, caller = _unpack(row)
         model = next((model for found, model in self._led_to(request.model) if found is backend), request.model)
         placement, input = _place(row, caller, self.ids), _items(row)
-        new = [orjson.loads(item.payload) for item in input]
-        turn = _turn(request, caller, Resolved(row.thread_id, placement, (), new), row.id, model)
+        async with self.database.reading() as connection:
+            before = await read_payloads(connection, placement.branch_id, 0, placement.position)
+        context, new = [orjson.loads(item) for item in before], [orjson.loads(item.payload) for item in input]
+        turn = _turn(request, caller, Resolved(row.thread_id, placement, context, new), row.id, model)
         turn = replace(turn, resume=builder.memory)
         deltas = backend.stream(turn)
         owner = replace(self.owner, epoch=row.epoch)

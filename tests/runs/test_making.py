@@ -72,6 +72,20 @@ async def test_a_backend_that_cannot_go_on_is_not_asked_to(migrated_database: st
             assert found.backend.calls == []
 
 
+async def test_it_goes_on_with_all_that_it_was_about(migrated_database: str) -> None:
+    """A request that may have been lost on its way can only be repeated as it was."""
+    async with dying(migrated_database) as dead:
+        first = await dead.play(*spoken("one"), caller=SESSION)
+        await first.ended
+        left = await dead.play([Remember(MEMORY)], asyncio.Event(), caller=SESSION, background=True)
+        await until(lambda: dead.journal(left.id))
+        asked = dead.backend.calls[1].turn.items
+        async with survivor(migrated_database, [opened(), ended()]) as found:
+            await until(lambda: found.row(left.id)["status"] == "completed")
+            assert found.backend.calls[0].turn.items == asked
+            assert [item["role"] for item in asked] == ["user", "assistant", "user"]
+
+
 async def test_where_its_thread_has_been_taken_it_goes_on_beside(migrated_database: str) -> None:
     """It must not be begun a second time: its backend is at work on it."""
     async with dying(migrated_database) as dead:
