@@ -237,11 +237,12 @@ async def test_a_thread_that_another_process_is_at_is_waited_for(migrated_databa
     async with staged(migrated_database) as there, staged(migrated_database, seed=2) as here:
         hold = asyncio.Event()
         first = await there.play(hold, *spoken("one"), caller=SESSION)
-        second = asyncio.create_task(here.play(*spoken("two"), caller=SESSION))
-        await (await here.play(*spoken("meanwhile"), caller=ELSEWHERE)).ended
-        assert not second.done()
-        hold.set()
-        await (await second).ended
+        with first.follow():  # else it would make way
+            second = asyncio.create_task(here.play(*spoken("two"), caller=SESSION))
+            await (await here.play(*spoken("meanwhile"), caller=ELSEWHERE)).ended
+            assert not second.done()
+            hold.set()
+            await (await second).ended
         assert first.status == "completed"
         assert len(here.backend.calls[1].turn.items) == 3
 
