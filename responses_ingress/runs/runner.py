@@ -96,9 +96,8 @@ class Runner:
         self._view = View(database, self.get, self._on_followed, Tail.close, limits.disconnect_grace)
         self._runs: dict[str, Run] = {}
         self._tails: dict[str, Tail] = {}
-        self._repeatable: dict[
-            bytes, tuple[Run, bytes | None]
-        ] = {}  # what has no row to be found by when it is asked for again
+        # What has no row to be found by when it is asked for again: by its name, with the digest of its body.
+        self._repeatable: dict[bytes, tuple[Run, bytes | None]] = {}
         self._lines: dict[tuple[str, str], _Line] = {}
         self._coming = 0  # requests that are not runs yet
         self._creating = 0
