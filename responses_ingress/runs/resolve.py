@@ -75,7 +75,7 @@ async def thread_of(database: Database, request: Request, caller: Caller, fresh:
     if previous is None:
         return fresh
     async with database.reading() as connection:
-        return (await _previous(connection, caller.tenant, previous)).thread_id
+        return (await _previous(connection, caller.tenant, previous, database.clock())).thread_id
 
 
 async def _resolve(database: Database, ids: Ids, request: Request, caller: Caller, fresh: str) -> Resolved:
@@ -119,7 +119,7 @@ async def _after_previous(
 ) -> Resolved:
     previous = request.previous_response_id or ""
     async with database.reading() as connection:
-        row = await _previous(connection, caller.tenant, previous)
+        row = await _previous(connection, caller.tenant, previous, database.clock())
         if row.running:
             raise ResponseRunning(row.id)
         if row.branch_id is None or row.stop is None:
@@ -129,7 +129,7 @@ async def _after_previous(
             )
         context = _parsed(await read_payloads(connection, row.branch_id, 0, row.stop))
         if caller.thread_key is None and not (request.store or request.background):
-            if await find_response(connection, caller.tenant, previous) is None:
+            if await find_response(connection, caller.tenant, previous, database.clock()) is None:
                 raise PreviousNotFound(_gone(previous), param="previous_response_id")  # deleted while it was read
             return Resolved(row.thread_id, None, context, given)
         if caller.thread_key is None:
@@ -141,8 +141,8 @@ async def _after_previous(
     return replace(_resolved(ids, placement, context, given), memory=head.memory if head else None)
 
 
-async def _previous(connection: AsyncConnection, tenant: str, previous: str) -> StoredResponse:
-    row = await find_response(connection, tenant, previous)
+async def _previous(connection: AsyncConnection, tenant: str, previous: str, now: float) -> StoredResponse:
+    row = await find_response(connection, tenant, previous, now)
     if row is None or not row.store:
         raise PreviousNotFound(_gone(previous), param="previous_response_id")
     return row

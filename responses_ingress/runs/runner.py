@@ -368,12 +368,12 @@ class Runner:
 
     async def _find(self, tenant: str, response_id: str) -> StoredResponse | None:
         async with self.database.reading() as connection:
-            return await find_response(connection, tenant, response_id)
+            return await find_response(connection, tenant, response_id, self.database.clock())
 
     async def delete(self, tenant: str, response_id: str) -> bool:
         """Delete an ended response. False where there is none."""
         async with self.database.transaction() as connection:
-            return await delete_response(connection, tenant, response_id)
+            return await delete_response(connection, tenant, response_id, self.database.clock())
 
     async def answer(self, asked: Sequence[tuple[str, str]]) -> list[str]:
         """Do what other processes ask of the runs of this one; the responses that go on all the same."""

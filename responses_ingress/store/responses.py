@@ -71,14 +71,18 @@ _RESPONSE = _ROWS.where(
     responses.c.id == bindparam("response"),
     responses.c.tenant == bindparam("tenant"),
     or_(responses.c.store, responses.c.background),
+    or_(responses.c.expires_at.is_(None), responses.c.expires_at > bindparam("now")),
 )
 _NAMED = _ROWS.where(responses.c.id.in_(bindparam("ids", expanding=True)))
 
 
-async def find_response(connection: AsyncConnection, tenant: str, response_id: str) -> StoredResponse | None:
+async def find_response(
+    connection: AsyncConnection, tenant: str, response_id: str, now: float
+) -> StoredResponse | None:
+    """The tenant's response, unless its time is over by `now`: it may not have been swept away yet."""
     if "\0" in response_id:  # PostgreSQL takes no such text
         return None
-    row = (await connection.execute(_RESPONSE, {"response": response_id, "tenant": tenant})).one_or_none()
+    row = (await connection.execute(_RESPONSE, {"response": response_id, "tenant": tenant, "now": now})).one_or_none()
     return StoredResponse(*row) if row is not None else None
 
 

@@ -34,16 +34,16 @@ MOST = 100
 _CHOSEN = (responses.c.id, responses.c.tenant, responses.c.preamble, responses.c.branch_id, responses.c.base)
 
 
-async def delete_response(connection: AsyncConnection, tenant: str, response_id: str) -> bool:
+async def delete_response(connection: AsyncConnection, tenant: str, response_id: str, now: float) -> bool:
     """Delete an ended response. False where there is none. Raises `InvalidRequest` while it runs."""
-    row = await find_response(connection, tenant, response_id)
+    row = await find_response(connection, tenant, response_id, now)
     if row is None:
         return False
     if row.running:
         raise InvalidRequest("Cannot delete an in-flight response.")
     if await _delete(connection, [row.id]):
         return True
-    if await find_response(connection, tenant, response_id) is not None:
+    if await find_response(connection, tenant, response_id, now) is not None:
         raise InvalidRequest("Cannot delete a response that one in the queue builds on.")
     return False
 

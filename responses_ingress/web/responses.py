@@ -115,7 +115,7 @@ class Responses:
         tenant, _ = self.keyring.tenant(exchange.headers)
         response_id = exchange.path_params["response_id"]
         async with self.database.reading() as connection:
-            row = await find_response(connection, tenant, response_id)
+            row = await find_response(connection, tenant, response_id, self.database.clock())
         if row is None:
             raise _not_found(response_id)
         return row
@@ -128,7 +128,7 @@ class Responses:
         async with self.database.reading() as connection:
             entries = await read_journal(connection, row.id) if row.running else []
             if row.running and not entries:  # its end may have come in between
-                row = await find_response(connection, row.tenant, row.id) or row
+                row = await find_response(connection, row.tenant, row.id, self.database.clock()) or row
             if row.running:
                 journal = [entry.payload for entry in entries]
                 return fold(envelope_at_creation(row), journal, silent=True).response()

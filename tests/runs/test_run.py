@@ -174,7 +174,7 @@ async def test_law_2_the_journal_tells_what_was_seen_event_for_event(careful: St
     )
     await until(lambda: types(run).count(DONE) == 2)
     async with careful.database.reading() as connection:
-        row = await find_response(connection, "", run.id)
+        row = await find_response(connection, "", run.id, careful.clock())
     assert row is not None
     builder = fold(envelope_of(row), [entry["payload"] for entry in careful.journal(run.id)])
     assert parsed(builder.take()) == parsed(run.feed.events)
@@ -401,7 +401,7 @@ async def test_law_3_a_turn_that_is_not_stored_leaves_its_items_and_for_a_while_
     left = [(row["expires_at"], row["input"], row["output"]) for row in stage.rows("SELECT * FROM responses")]
     assert left == ([(stage.clock() + 600, None, None)] if stream else [])
     async with stage.database.reading() as connection:
-        assert await find_response(connection, "", run.id) is None
+        assert await find_response(connection, "", run.id, stage.clock()) is None
     assert len(stage.rows("SELECT * FROM items")) == 2
     assert stage.thread()["running"] is None
 

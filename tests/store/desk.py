@@ -151,7 +151,7 @@ class Desk:
 
     async def delete(self, response_id: str, tenant: str = "") -> bool:
         async with self.database.transaction() as connection:
-            return await delete_response(connection, tenant, response_id)
+            return await delete_response(connection, tenant, response_id, self.clock())
 
     # What is there.
 
@@ -161,7 +161,7 @@ class Desk:
 
     async def find(self, response_id: str, tenant: str = "") -> StoredResponse | None:
         async with self.database.reading() as connection:
-            return await find_response(connection, tenant, response_id)
+            return await find_response(connection, tenant, response_id, self.clock())
 
     async def row(self, response_id: str, tenant: str = "") -> StoredResponse:
         row = await self.find(response_id, tenant)

@@ -84,8 +84,8 @@ async def test_a_deletion_that_is_rolled_back_never_was(desk: Desk) -> None:
     response_id = await desk.turn(desk.chain(), "a", "1")
     with pytest.raises(ZeroDivisionError):
         async with desk.database.transaction() as connection:
-            assert await delete_response(connection, "", response_id)
-            assert await find_response(connection, "", response_id) is None
+            assert await delete_response(connection, "", response_id, desk.clock())
+            assert await find_response(connection, "", response_id, desk.clock()) is None
             raise ZeroDivisionError
     assert await desk.lineage(response_id) == ["a", "1"]
 
