@@ -95,7 +95,7 @@ class Upstream(BaseModel):
     """`messages`: mark for the provider's cache what stays from turn to turn."""
     chain: bool = False
     """`responses`: continue from the upstream's own `previous_response_id` instead of sending the whole context, where
-    it stands for that, in threads that clients name. The upstream then stores its answers."""
+    it stands for that. The upstream then stores its answers."""
     open_reasoning: bool = True
     """`responses`, `background`: send back reasoning that is not encrypted. Never done to OpenAI, which refuses it."""
     encrypted_reasoning: bool = True

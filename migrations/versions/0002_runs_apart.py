@@ -18,6 +18,7 @@ _COLUMNS = (
     ("base", sa.Text),
     ("request", sa.LargeBinary),
     ("echo", sa.LargeBinary),
+    ("memory", sa.LargeBinary),
     ("asked", sa.Text),
     ("followed_until", sa.Float),
     ("retry_key", sa.LargeBinary),

@@ -21,7 +21,8 @@ class Turn:
     parameters: the request's other fields, as the client gave them and only where it gave them
                 (`temperature`, `text`, `reasoning`, `max_output_tokens`, unknown ones too).
     stream:     a follower reads the answer as it comes.
-    memory:     what the backend asked to have remembered on this thread, if anything.
+    memory:     what the backend of the response that this turn goes on from asked to have remembered, if
+                anything; of a session, that of its last turn.
     bearer:     the client's own credential, for upstreams that are set to pass it on.
     resume:     what an earlier process had remembered of this same turn: go on from there instead of
                 asking again.

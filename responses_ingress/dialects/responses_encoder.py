@@ -43,8 +43,8 @@ class ResponsesOptions:
     """How one upstream wants its requests.
 
     chain:               continue from the upstream's own `previous_response_id` where it stands for the
-                         whole context, instead of sending that again; in threads that a client has named.
-                         The upstream then stores what it answers, also to a client that says `store: false`.
+                         whole context, instead of sending that again. The upstream then stores what it
+                         answers; in a thread that a client has named also with `store: false`.
     open_reasoning:      give back reasoning that is not encrypted. DeepSeek and vLLM want it; OpenAI's own
                          models refuse a request that has it ("array too long").
     encrypted_reasoning: ask for reasoning in encrypted form, so that it can be given back.
@@ -99,9 +99,9 @@ def _written(turn: Turn, options: ResponsesOptions) -> dict[str, Any]:
 
 
 def _stores(turn: Turn, options: ResponsesOptions) -> bool:
-    """Whether the upstream is to store its answer: only where the thread has a name, and with it a memory to find
-    it again."""
-    return options.chain and is_named(turn.thread_id)
+    """Whether the upstream is to store its answer: only where a later turn can find it again, by the thread's name
+    or by the response's id."""
+    return options.chain and (is_named(turn.thread_id) or turn.parameters.get("store") is not False)
 
 
 # Items

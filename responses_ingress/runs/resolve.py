@@ -128,17 +128,17 @@ async def _after_previous(
                 param="previous_response_id",
             )
         context = _parsed(await read_payloads(connection, row.branch_id, 0, row.stop))
-        if caller.thread_key is None and not (request.store or request.background):
-            if await find_response(connection, caller.tenant, previous, database.clock()) is None:
-                raise PreviousNotFound(_gone(previous), param="previous_response_id")  # deleted while it was read
-            return Resolved(row.thread_id, None, context, given)
-        if caller.thread_key is None:
+        if caller.thread_key is not None:
+            placement, _ = await _session(connection, ids, caller)
+            placement = replace(placement, branch_id=row.branch_id, position=row.stop, first=row.stop)
+        elif request.store or request.background:
             branch = ids.branch(partition_of(row.thread_id))
             placement = Placement(caller.tenant, row.thread_id, None, row.branch_id, row.stop, row.stop, branch)
-            return _resolved(ids, placement, context, given)
-        placement, head = await _session(connection, ids, caller)
-    placement = replace(placement, branch_id=row.branch_id, position=row.stop, first=row.stop)
-    return replace(_resolved(ids, placement, context, given), memory=head.memory if head else None)
+        else:
+            if await find_response(connection, caller.tenant, previous, database.clock()) is None:
+                raise PreviousNotFound(_gone(previous), param="previous_response_id")  # deleted while it was read
+            return Resolved(row.thread_id, None, context, given, memory=row.memory)
+    return replace(_resolved(ids, placement, context, given), memory=row.memory)
 
 
 async def _previous(connection: AsyncConnection, tenant: str, previous: str, now: float) -> StoredResponse:

@@ -43,6 +43,7 @@ class StoredResponse(NamedTuple):
     error: bytes | None
     usage: bytes | None
     incomplete: str | None
+    memory: bytes | None
     previous_response_id: str | None
     background: bool
     store: bool

@@ -46,7 +46,7 @@ threads = Table(
     Column("running", Text),  # the response that has the thread's one turn
     Column("lease_until", Float, nullable=False),
     Column("lineage", LargeBinary),
-    Column("memory", LargeBinary),
+    Column("memory", LargeBinary),  # of the last turn's backend
     Column("created_at", BigInteger, nullable=False),
     Column("updated_at", BigInteger, nullable=False),
     UniqueConstraint("tenant", "key"),
@@ -112,6 +112,7 @@ responses = Table(
     Column("error", LargeBinary),
     Column("usage", LargeBinary),
     Column("incomplete", Text),
+    Column("memory", LargeBinary),  # of its backend, for what goes on from it
     Column("owner", Text),
     Column("lease_until", Float),  # from then on it is anybody's: to begin, to go on with, or to close
     Column("epoch", Integer, nullable=False),

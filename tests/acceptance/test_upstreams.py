@@ -132,18 +132,22 @@ async def test_only_admins_are_told_where_there_are_keys(serve: Serve) -> None:
 # A Responses upstream that keeps its own chain.
 
 
-async def test_a_chain_of_the_upstreams_own_is_gone_on_with_and_mended(database: Path) -> None:
-    """In a thread with a name: only what is new is sent, and everything where the upstream has forgotten."""
+@pytest.mark.parametrize("headers", [{"session-id": "s"}, {}], ids=["a session", "previous_response_id"])
+async def test_a_chain_of_the_upstreams_own_is_gone_on_with_and_mended(database: Path, headers: dict[str, str]) -> None:
+    """Only what is new is sent, and everything where the upstream has forgotten."""
     forgotten = {"error": {"code": "previous_response_not_found", "message": "Not found.", "param": None}}
     answers = [streamed(text_item(text), envelope=response("in_progress", id=f"resp_{text}")) for text in "abc"]
     async with Provider(*answers[:2], Reply(forgotten, status=400), answers[2]) as provider:
         given = UpstreamSettings(kind="responses", url=provider.url, chain=True)
         settings = Settings(upstreams={"theirs": given}, database_url=f"sqlite:///{database}")
         async with running(settings) as url, Wire(url) as wire:
+            named: dict[str, str] = {}
             for text in ("one", "two", "three"):
-                answer = await wire.post({**STREAM, "input": text}, {"session-id": "s"})
+                answer = await wire.post({**STREAM, "input": text, **named}, headers)
                 check_stream(answer.events)
                 assert answer.events[-1]["response"]["status"] == "completed"
+                if not headers:
+                    named = {"previous_response_id": answer.events[-1]["response"]["id"]}
     sent = [(call.json.get("previous_response_id"), len(call.json["input"])) for call in provider.calls]
     assert sent == [(None, 1), ("resp_a", 1), ("resp_b", 1), (None, 5)]
     assert all(call.json["store"] for call in provider.calls)

@@ -269,7 +269,7 @@ def test_a_client_that_carries_its_history_continues_too() -> None:
         {"memory": {**(remembered() or {}), "response_id": 7}},
         {"new": []},
         {"new": [{"type": "mcp_approval_response", "approval_request_id": "mcpr_1", "approve": True}]},
-        {"thread_id": FRESH},
+        {"thread_id": FRESH, "parameters": {"store": False}},
     ],
     ids=str,
 )
@@ -282,13 +282,14 @@ def test_only_who_chains_continues_and_only_what_is_its_own() -> None:
     assert continued(following(), CHAIN, "yours") is None
 
 
-@pytest.mark.parametrize("store", [True, False])
-@pytest.mark.parametrize(("thread", "expected"), [(NAMED, True), (FRESH, False)])
-def test_only_what_can_be_found_again_is_stored_there(thread: str, store: bool, expected: bool) -> None:
-    given = turn(thread_id=thread, parameters={"store": store})
+@pytest.mark.parametrize("asked", [{"store": True}, {"store": None}, {}, {"store": False}], ids=str)
+@pytest.mark.parametrize("thread", [NAMED, FRESH])
+def test_only_what_can_be_found_again_is_stored_there(thread: str, asked: Json) -> None:
+    expected = thread == NAMED or asked.get("store") is not False
+    given = turn(thread_id=thread, parameters=asked)
     assert body_of(given, CHAIN)["store"] is expected
     assert body_of(given)["store"] is False
-    assert bool(remembered(thread_id=thread, parameters={"store": store})) is expected
+    assert bool(remembered(thread_id=thread, parameters=asked)) is expected
 
 
 def test_what_cannot_be_continued_is_not_remembered() -> None:

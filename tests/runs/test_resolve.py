@@ -253,6 +253,17 @@ async def test_what_a_backend_remembered_of_the_session_comes_with_its_next_turn
     assert (await play.means("b")).memory is None
 
 
+async def test_what_a_backend_remembered_of_a_response_comes_with_each_turn_that_builds_on_it(play: Play) -> None:
+    first = await play.says("a", "1", memory=b'{"id":"up_1"}')
+    second = await play.says("b", "2", previous_response_id=first, memory=b'{"id":"up_2"}')
+    silent = await play.says("c", "3", previous_response_id=second)
+    for caller in ({}, {"caller_thread_key": "s"}, {"store": False}):
+        found = [
+            (await play.means("d", previous_response_id=id, **caller)).memory for id in (first, second, silent, first)
+        ]
+        assert found == [b'{"id":"up_1"}', b'{"id":"up_2"}', None, b'{"id":"up_1"}']
+
+
 # In a session whose client carries its history.
 
 TURN = [user("a"), thought("hm"), call("c1")]
