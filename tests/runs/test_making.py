@@ -173,7 +173,8 @@ async def test_a_cancel_that_its_process_did_not_live_to_see_is_done_upstream_to
     async with dying(migrated_database) as dead:
         left = await dead.play([Accepted(), Remember(MEMORY)], asyncio.Event(), background=True)
         await until(lambda: dead.journal(left.id))
-        await dead.change("UPDATE responses SET asked = 'cancel' WHERE id = ?", left.id)
+        # With its owner's name gone too: a process that stands still only by its clock would hear of the cancel.
+        await dead.change("UPDATE responses SET asked = 'cancel', owner = 'dead' WHERE id = ?", left.id)
         async with survivor(migrated_database) as found:
             await until(lambda: found.row(left.id)["status"] == "cancelled")
             assert found.backend.cancelled == [MEMORY]
