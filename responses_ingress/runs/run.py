@@ -15,8 +15,7 @@ Its laws, one test each in tests/runs/test_run.py:
 7. Nothing stays stuck: whatever is raised here ends the response, or hands it over to another process; what a
    dead process left behind, the upkeep finds by its lease.
 
-Broad `except`s are here, at the web edge, and where one fault must not end what all rely on: around a unit
-of the store's writer and around a chore of the runner's upkeep.
+A broad `except` is in `_drive`; docs/architecture.md lists the few others.
 """
 
 import asyncio
@@ -69,7 +68,7 @@ class Run:
         self.was_accepted = False
         self.handed_over = False
         self.usage_missing = False
-        self.feed = Feed(lambda: kit.on_deserted(self))
+        self.feed = Feed(lambda: kit.on_deserted(self.id))
         loop = asyncio.get_running_loop()
         self.accepted: asyncio.Future[None] = loop.create_future()
         self.ended: asyncio.Future[None] = loop.create_future()

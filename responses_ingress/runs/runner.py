@@ -289,7 +289,7 @@ class Runner:
             run = await self._maker.recover(row, has_room=has_room)
             if run is not None:
                 self._started(run)
-                self._on_deserted(run)
+                self._on_deserted(run.id)
 
     def _started(self, run: Run) -> Run:
         self._runs[run.id] = run
@@ -402,8 +402,9 @@ class Runner:
 
     # Runs that nobody follows.
 
-    def _on_deserted(self, run: Run) -> None:
-        if not (run.goes_on or run.followed or run.ended.done()):
+    def _on_deserted(self, response_id: str) -> None:
+        run = self._runs.get(response_id)
+        if run is not None and not (run.goes_on or run.followed or run.ended.done()):
             self._take_back_timer(run)
             loop = asyncio.get_running_loop()
             self._timers[run.id] = loop.call_later(self._limits.disconnect_grace, self._look_after, run)
@@ -424,7 +425,7 @@ class Runner:
         if run.goes_on or run.followed:
             return False
         if run.recorded and await self._is_followed_elsewhere(run):
-            self._on_deserted(run)
+            self._on_deserted(run.id)
             return False
         if not run.followed:
             run.cancel(Cancelled(why))

@@ -75,12 +75,12 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Kit:
-    """What every run of a process shares. `at` is told the named points of a run's life that are passed: tests
-    end the process there."""
+    """What every run of a process shares. `on_deserted` is told the id of a run when its last follower leaves; `at`
+    the named points of a run's life that are passed: tests end the process there."""
 
     ids: Ids
     flush_interval: float
-    on_deserted: Callable[[Any], None]
+    on_deserted: Callable[[str], None]
     keep: Keep = Keep()
     at: Callable[[str], None] = lambda _: None
 
