@@ -23,6 +23,7 @@ from responses_ingress.settings import PREFIX, Settings
 
 _START_TIMEOUT = 30.0
 _STOP_TIMEOUT = 15.0
+_ACCEPT_WAIT = 30.0
 _POLL = 0.02
 _ROOT = Path(__file__).parents[1]
 _MAIN = "from responses_ingress.cli import main; main()"
@@ -51,7 +52,10 @@ class _Server(uvicorn.Server):
 
 @contextlib.asynccontextmanager
 async def running(settings: Settings) -> AsyncIterator[str]:
-    """Serve with these settings on a free port, in the running loop; gives the base URL."""
+    """Serve with these settings on a free port, in the running loop; gives the base URL. Unless they say how long,
+    it waits for what the upstream says first: what is a status does not depend on how busy the machine is."""
+    if "accept_wait" not in settings.model_fields_set:
+        settings = settings.model_copy(update={"accept_wait": _ACCEPT_WAIT})
     config = uvicorn.Config(
         create_app(settings),
         http="httptools",

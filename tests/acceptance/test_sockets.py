@@ -47,6 +47,13 @@ async def wire(url: str) -> AsyncIterator[Wire]:
         yield wire
 
 
+@pytest.fixture
+async def hasty(settings: Settings) -> AsyncIterator[Wire]:
+    """A server that soon sends its headers, whatever the upstream does."""
+    async with running(settings.model_copy(update={"accept_wait": 0.05})) as url, Wire(url) as wire:
+        yield wire
+
+
 async def ask_stream(wire: Wire, fields: dict[str, Any] | None = None) -> list[dict[str, Any]]:
     """A streamed answer's events, checked."""
     answer = await wire.post(fields or STREAM)
@@ -379,26 +386,26 @@ async def test_upstream_is_not_there(wire: Wire, upstream: Upstream) -> None:
 # Silence.
 
 
-async def test_headers_do_not_wait_for_a_silent_upstream(wire: Wire, upstream: Upstream) -> None:
+async def test_headers_do_not_wait_for_a_silent_upstream(hasty: Wire, upstream: Upstream) -> None:
     hold = asyncio.Event()
     upstream.script(Stream([chunk({"content": "Late."}), chunk(finish="stop")], hold=hold))
-    await wire.start("POST", "/v1/responses", orjson.dumps(STREAM))
-    headers = await wire.read_headers()
+    await hasty.start("POST", "/v1/responses", orjson.dumps(STREAM))
+    headers = await hasty.read_headers()
     assert headers["content-type"].startswith("text/event-stream")
-    await wire.read_until(b"event: response.created")
+    await hasty.read_until(b"event: response.created")
     hold.set()
-    answer = await wire.answer()
+    answer = await hasty.answer()
     check_stream(answer.events)
     assert answer.events[-1]["type"] == "response.completed"
 
 
-async def test_refusal_after_the_headers_is_a_failed_response(wire: Wire, upstream: Upstream) -> None:
+async def test_refusal_after_the_headers_is_a_failed_response(hasty: Wire, upstream: Upstream) -> None:
     hold = asyncio.Event()
     upstream.script(Reply({"error": {"message": "No, after all."}}, status=400, hold=hold))
-    await wire.start("POST", "/v1/responses", orjson.dumps(STREAM))
-    await wire.read_until(b"event: response.created")
+    await hasty.start("POST", "/v1/responses", orjson.dumps(STREAM))
+    await hasty.read_until(b"event: response.created")
     hold.set()
-    events = (await wire.answer()).events
+    events = (await hasty.answer()).events
     check_stream(events)
     assert events[-1]["type"] == "response.failed"
     assert "No, after all." in events[-1]["response"]["error"]["message"]

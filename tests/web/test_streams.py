@@ -123,7 +123,7 @@ async def test_who_has_seen_more_than_a_crash_left_gets_the_end(migrated_databas
         visit = site.ask(opened(), [Text(0, "seen")], asyncio.Event(), stream=True)
         id = parse_events(await visit.read_until(b"response.output_text.delta"))[0]["response"]["id"]
         await until(lambda: site.stage.journal(id))
-        async with opened_site(migrated_database, HASTY, seed=2) as other:
+        async with opened_site(migrated_database, HASTY, limits=Limits(lease=1), seed=2) as other:
             other.stage.clock.advance(1000)
             await until(lambda: other.stage.row(id)["status"] == "failed")
             events = (await streamed(other, id, 500)).events
