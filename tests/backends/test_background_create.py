@@ -256,7 +256,7 @@ async def test_leaving_what_has_ended_when_it_was_created_cancels_nothing(provid
 
 async def test_closing_does_not_wait_long_for_what_is_being_left(provider: Provider, hours: Hours) -> None:
     provider.script(Reply(response("queued"), hold=asyncio.Event()))
-    async with asyncio.timeout(2), backend_of(provider, hours.pace(), cancel_timeout=0.05) as backend:
+    async with asyncio.timeout(10), backend_of(provider, hours.pace(), cancel_timeout=0.05) as backend:
         playing = asyncio.create_task(batches_of(backend))
         await provider.called(1)
         playing.cancel()

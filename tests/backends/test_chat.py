@@ -133,7 +133,7 @@ async def test_an_answer_with_a_finish_reason_is_whole_however_it_ends(
 ) -> None:
     monkeypatch.setattr("responses_ingress.backends.exchange._AFTERMATH", 0.05)
     upstream.script(Stream([chunk({"content": "hi"}), chunk(finish="stop")], close=close))
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(4):
         deltas = flat(await batches_of(backend))
     assert isinstance(deltas[-1], Finish)
     assert brief(response_of(deltas)["output"]) == [("message", "hi")]
@@ -143,8 +143,8 @@ async def test_pings_do_not_keep_an_answer_open_that_is_over(
     upstream: Upstream, backend: ChatBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("responses_ingress.backends.exchange._AFTERMATH", 0.05)
-    upstream.script(Stream([chunk({"content": "hi"}), chunk(finish="stop"), *[b": ping\n\n"] * 200], pace=0.01))
-    async with asyncio.timeout(1):
+    upstream.script(Stream([chunk({"content": "hi"}), chunk(finish="stop"), *[b": ping\n\n"] * 3000], pace=0.01))
+    async with asyncio.timeout(4):
         assert await answered(backend) == [("message", "hi")]
     await upstream.closed(0)
 

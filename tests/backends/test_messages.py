@@ -155,7 +155,7 @@ async def test_an_answer_with_a_stop_reason_is_whole_however_it_ends(
 ) -> None:
     monkeypatch.setattr("responses_ingress.backends.exchange._AFTERMATH", 0.05)
     upstream.script(streamed(OPEN, word("hi"), CLOSE, close=close))
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(4):
         assert await answered(backend) == [("message", "hi")]
 
 

@@ -178,7 +178,7 @@ async def test_one_response_that_cannot_be_closed_is_not_in_the_way_of_others(mi
             connection.execute("UPDATE journal SET payload = ? WHERE response_id = ?", b"0", broken.id)
         async with (
             staged(migrated_database, Limits(lease=0.3), clock=later, seed=2) as found,
-            asyncio.timeout(1),
+            asyncio.timeout(10),
         ):
             await until(lambda: found.row(good.id)["status"] == "failed")
 
