@@ -192,7 +192,10 @@ async def test_leaving_leaves_nothing_behind_even_when_reading_raises(feed: Feed
     feed.publish([event(0)])
 
 
-async def test_a_crowd_is_woken_for_several_events_at_once_and_for_the_end_without_delay(feed: Feed) -> None:
+async def test_a_crowd_is_woken_for_several_events_at_once_and_for_the_end_without_delay(
+    feed: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("responses_ingress.runs.feed._PAUSE", 0.01)  # a second for a hundred
     followers = [feed.follow() for _ in range(100)]
     waiting = [asyncio.create_task(follower.next(64)) for follower in followers]
     await loop_turns()

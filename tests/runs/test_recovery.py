@@ -209,7 +209,7 @@ async def test_leases_are_renewed_while_seeing_to_what_was_left_behind_takes_lon
     async with staged(migrated_database, Limits(flush_interval=0, lease=LEASE), backend=resumable) as dead:
         left = await dead.play([Remember({"id": "theirs"})], opened(), asyncio.Event(), background=True)
         await until(lambda: dead.journal(left.id))
-        await dead.change("UPDATE responses SET asked = 'cancel' WHERE id = ?", left.id)
+        await dead.change("UPDATE responses SET asked = 'cancel', owner = 'dead' WHERE id = ?", left.id)
         later, deaf = ManualClock(dead.clock() + LEASE + 1), Deaf(resumable=True)
         async with staged(migrated_database, Limits(lease=0.3), clock=later, seed=2, backend=deaf) as found:
             await until(lambda: deaf.cancelled)
@@ -262,7 +262,9 @@ async def test_a_request_that_waits_for_its_thread_begins_nothing_after_the_clos
     async with staged(migrated_database) as stage:
         run = await stage.play(asyncio.Event(), caller=SESSION)
         with run.feed.follow():
-            waiting = asyncio.create_task(stage.play(asyncio.Event(), caller=SESSION))
+            uses = stage.database.uses
+            waiting = asyncio.create_task(stage.create(caller=SESSION))
+            await until(lambda: stage.database.uses > uses and not stage.database.users)
             await (await stage.play(*spoken("meanwhile"), caller=ELSEWHERE)).ended
             await stage.runner.close(0)
             with pytest.raises(Busy):

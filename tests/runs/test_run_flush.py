@@ -9,6 +9,7 @@ import pytest
 from responses_ingress.core.deltas import Text
 from responses_ingress.runs.run import Run
 from responses_ingress.runs.runner import Limits
+from responses_ingress.store.writer import Unit
 from responses_ingress.testing import opened
 from tests.runs.stage import Stage, locked, loop_turns, staged, taken, until
 
@@ -23,6 +24,7 @@ async def behind(stage: Stage, *holds: asyncio.Event) -> AsyncIterator[Run]:
     later = [step for hold in holds for step in (hold, [Text(0, "three")])]
     run = await stage.play(opened(), first, [texts[0]], second, [texts[1]], *later, asyncio.Event())
     await until(lambda: seen(run) == 0 and stage.journal(run.id))
+    await stage.database.submit(Unit(lambda _: None))  # when this is written, the run has heard of its first batch
     async with locked(stage.url):
         first.set()
         await until(lambda: seen(run) == 1)

@@ -62,6 +62,7 @@ async def test_another_process_sees_the_same_events_as_they_come(migrated_databa
                 assert not run.ended.done()
                 hold.set()
                 await follower.end()
+            await run.ended
         assert parsed(tail.feed.events) == parsed(run.feed.events)
         assert tail.response() == run.response()
 
