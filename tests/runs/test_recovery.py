@@ -93,10 +93,10 @@ async def test_the_thread_of_what_was_left_behind_can_be_used_again(migrated_dat
 async def test_a_thread_whose_lease_ran_out_is_free_before_anyone_has_closed_its_response(
     migrated_database: str,
 ) -> None:
-    async with staged(migrated_database, Limits(lease=LEASE)) as stage:
+    async with staged(migrated_database) as stage:
         left = await stage.play(asyncio.Event(), caller=SESSION, background=True)
         await stage.backend.called(1)
-        stage.clock.advance(LEASE + 1)
+        await stage.change("UPDATE threads SET lease_until = 0")
         run = await stage.play(*spoken("hi"), caller=SESSION)
         await run.ended
         assert (run.status, left.status) == ("completed", "queued")
