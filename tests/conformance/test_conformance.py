@@ -194,9 +194,15 @@ async def test_an_error_before_the_first_event_is_a_status(cast: Cast, serve: Se
         assert await said(url)
 
 
+def impatient(fault: Fault) -> dict[str, float]:
+    """Limits of an upstream's silence, short only where it is the fault."""
+    seconds = 0.5 if fault == "silent" else 30
+    return {"read_timeout": seconds, "first_byte_timeout": seconds}
+
+
 @pytest.mark.parametrize("fault", ["error", "truncated", "silent"])
 async def test_what_breaks_off_is_a_failed_response(cast: Cast, serve: Serve, fault: Fault) -> None:
-    async with serve(cast, read_timeout=0.3, first_byte_timeout=0.3) as url:
+    async with serve(cast, **impatient(fault)) as url:
         cast.fails(Saying([Piece("text", "Let me look at it."), SKY]), fault)
         async with Wire(url) as wire:
             answer = await wire.post({"model": "m", "input": "hi", "stream": True, "tools": [LOOK]})
@@ -215,7 +221,7 @@ async def test_what_breaks_off_is_a_failed_response(cast: Cast, serve: Serve, fa
 
 @pytest.mark.parametrize("fault", ["error", "truncated", "silent"])
 async def test_what_breaks_off_without_a_stream_is_a_status(cast: Cast, serve: Serve, fault: Fault) -> None:
-    async with serve(cast, read_timeout=0.3, first_byte_timeout=0.3) as url:
+    async with serve(cast, **impatient(fault)) as url:
         cast.fails(HELLO, fault)
         refused = await refusal(url)
         assert (refused.status // 100, refused.error["code"]) == (5, cast.codes[fault])
