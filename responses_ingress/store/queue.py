@@ -62,7 +62,7 @@ def enqueue(new: NewResponse, placement: Placement, most: int) -> Unit[None]:
         batch.ring(QUEUE)
 
     previous = (new.previous_response_id,) if new.previous_response_id else ()
-    repeats = (new.retry.name,) if new.retry is not None else ()
+    repeats = (new.retry,) if new.retry is not None else ()
     return Unit(apply, previous, preambles=told_in(new, placement), repeats=repeats, counts_queue=True)
 
 

@@ -139,7 +139,12 @@ _partial(
     where=responses.c.preamble.is_not(None),
 )
 _partial("ix_responses_branch_id", responses.c.branch_id, responses.c.stop, where=responses.c.branch_id.is_not(None))
-_partial("ix_responses_retry_key", responses.c.retry_key, where=responses.c.retry_key.is_not(None))
+_partial(
+    "ix_responses_retry_key",
+    responses.c.retry_key,
+    responses.c.created_at,
+    where=responses.c.retry_key.is_not(None),
+)
 _partial("ix_responses_journal_until", responses.c.journal_until, where=responses.c.journal_until.is_not(None))
 _partial("ix_responses_expires_at", responses.c.expires_at, where=responses.c.expires_at.is_not(None))
 

@@ -128,7 +128,7 @@ def begin(new: NewResponse, placement: Placement, owner: Owner, keep: Keep = DEF
         threads=(placement.thread_id,) if placement.exclusive else (),
         branches=_relied_on(placement),
         preambles=told_in(new, placement),
-        repeats=(new.retry.name,) if new.retry is not None else (),
+        repeats=(new.retry,) if new.retry is not None else (),
     )
 
 
@@ -215,7 +215,7 @@ def check_repeat(batch: Batch, retry: Retry | None) -> None:
     no answer to a request that is made again."""
     if retry is None or not retry.attaches:
         return
-    made = [known for known in batch.repeats if known.name == retry.name]
+    made = batch.repeats[retry.name]
     for known in made:
         if known.created_at < made[0].created_at:
             return  # the last time, it failed
@@ -305,7 +305,8 @@ def add_response(batch: Batch, new: NewResponse, placement: Placement, owner: Ow
     epoch = owner.epoch if owner is not None else 0
     batch.leases[new.id] = Lease(epoch, new.status, owner.name if owner is not None else None)
     if new.retry is not None:
-        batch.repeats.insert(0, Repeat(new.id, new.retry.name, new.retry.body, new.status, None, new.created_at))
+        made = Repeat(new.id, new.retry.body, new.status, None, new.created_at)
+        batch.repeats[new.retry.name].insert(0, made)
     batch.add(
         _INSERT_RESPONSE,
         id=new.id,

@@ -36,6 +36,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.sql.compiler import SQLCompiler
 
+from responses_ingress.core.request import Retry
 from responses_ingress.errors import IngressError, StoreUnavailable
 from responses_ingress.ids import Clock
 from responses_ingress.store.tables import are_preambles, branches, is_running, preambles, responses, threads
@@ -77,7 +78,6 @@ class Repeat(NamedTuple):
     """A response that a repeated request may mean."""
 
     id: str
-    name: bytes
     body: bytes | None
     status: str
     journal_until: float | None
@@ -111,7 +111,7 @@ class Batch:
         self.leases: dict[str, Lease] = {}
         self.threads: dict[str, Thread] = {}
         self.branches: dict[str, Branch] = {}
-        self.repeats: list[Repeat] = []  # the newest first
+        self.repeats: defaultdict[bytes, list[Repeat]] = defaultdict(list)  # by name, the newest first
         self.preambles: set[tuple[str, bytes]] = set()  # (tenant, digest) of those that are there
         self.queued = 0  # how many responses wait in the queue
         self.topics: dict[str, None] = {}  # what to ring for, in order
@@ -180,7 +180,7 @@ class Unit(Generic[T]):
     """A unit of work: what it must know of, and what it does. `apply` decides first and adds rows last.
 
     preambles:    of which of these (tenant, digest) are there, and stay at least as long as this transaction.
-    repeats:      names of repeated requests, see `Batch.repeats`.
+    repeats:      by what requests are known when they come again, see `Batch.repeats`.
     counts_queue: it must know how long the queue is.
     patient:      while the database cannot be reached it waits (work under way), instead of failing (a request).
     """
@@ -190,7 +190,7 @@ class Unit(Generic[T]):
     threads: Sequence[str] = ()
     branches: Sequence[str] = ()
     preambles: Sequence[tuple[str, bytes]] = ()
-    repeats: Sequence[bytes] = ()
+    repeats: Sequence[Retry] = ()
     counts_queue: bool = False
     patient: bool = False
 
@@ -231,20 +231,26 @@ _PREAMBLES = (
     .order_by(preambles.c.tenant, preambles.c.digest)
     .with_for_update(read=True, key_share=True)  # of others only those who delete it wait
 )
+_newer = responses.alias("newer")
+# Of each name those of the last time: a request that is made over and over has very many.
 _REPEATS = (
     select(
-        responses.c.id,
         responses.c.retry_key.label("name"),
+        responses.c.id,
         responses.c.retry_body.label("body"),
         responses.c.status,
         responses.c.journal_until,
         responses.c.created_at,
     )
-    .where(responses.c.retry_key.in_(bindparam("ids", expanding=True)))
+    .where(
+        responses.c.retry_key.in_(bindparam("ids", expanding=True)),
+        responses.c.created_at
+        == select(func.max(_newer.c.created_at)).where(_newer.c.retry_key == responses.c.retry_key).scalar_subquery(),
+    )
     .order_by(responses.c.created_at.desc(), responses.c.id.desc())
 )
 _QUEUED = select(func.count()).select_from(responses).where(is_running, responses.c.status == "queued")
-_LOCK_NAME = text("SELECT pg_advisory_xact_lock(:name)")
+_LOCK = text("SELECT pg_advisory_xact_lock(name) FROM unnest(CAST(:names AS BIGINT[])) AS name")
 _QUEUE_LOCK = 7_230_517_665
 _NOTIFY = text("SELECT pg_notify(:channel, :payload)")
 
@@ -372,9 +378,10 @@ class Writer:
 
     async def _read_facts(self, connection: AsyncConnection, units: Sequence[Unit[Any]]) -> Batch:
         batch = Batch(self._clock())
-        names = sorted({name for unit in units for name in unit.repeats})
-        for name in names if self._many else ():  # two workers given the same request: the second sees the first
-            await connection.execute(_LOCK_NAME, {"name": int.from_bytes(name[:8], signed=True)})
+        retries = [retry for unit in units for retry in unit.repeats]
+        if retries and self._many:  # two workers given the same request: the second sees the first
+            names = {int.from_bytes(retry.name[:8], signed=True) for retry in retries}
+            await connection.execute(_LOCK, {"names": sorted(names)})
         for row in await _fetch(connection, _LEASES, (id for unit in units for id in unit.responses)):
             batch.leases[row.id] = Lease(row.epoch, row.status, row.owner, row.followed_until)
         for row in await _fetch(connection, _THREADS, (id for unit in units for id in unit.threads)):
@@ -385,10 +392,11 @@ class Writer:
         if told:
             keys = {"tenants": list({tenant for tenant, _ in told}), "digests": list({digest for _, digest in told})}
             batch.preambles.update((row.tenant, row.digest) for row in await connection.execute(_PREAMBLES, keys))
-        batch.repeats = [Repeat(**row._mapping) for row in await _fetch(connection, _REPEATS, names)]
+        for row in await _fetch(connection, _REPEATS, (retry.name for retry in retries if retry.attaches)):
+            batch.repeats[row.name].append(Repeat(row.id, row.body, row.status, row.journal_until, row.created_at))
         if any(unit.counts_queue for unit in units):
             if self._many:  # so that no two workers fill the same last place
-                await connection.execute(_LOCK_NAME, {"name": _QUEUE_LOCK})
+                await connection.execute(_LOCK, {"names": [_QUEUE_LOCK]})
             batch.queued = (await connection.execute(_QUEUED)).scalar_one()
         return batch
 
