@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 _LOOK = 0.5
 """Seconds between two looks for work: what a dead process left behind is found within its lease and a second."""
 
+_BREATH = 0.05
+"""Seconds between two transactions of a sweep, which take a fraction of it: what is written meanwhile goes first."""
+
 Sweep = Callable[[AsyncConnection], Awaitable[int]]
 
 
@@ -185,7 +188,7 @@ class Upkeep:
             async with self._database.transaction() as connection:
                 if await sweep(connection) < MOST:
                     return
-            await asyncio.sleep(0)
+            await asyncio.sleep(_BREATH)
 
     async def _thin_out(self, most: int) -> None:
         """Choose once, which reads much, and delete in small transactions."""
@@ -195,7 +198,7 @@ class Upkeep:
             async with self._database.transaction() as connection:
                 await delete_chosen(connection, chosen[:MOST])
             del chosen[:MOST]
-            await asyncio.sleep(0)
+            await asyncio.sleep(_BREATH)
 
 
 async def _each(rows: Sequence[StoredResponse], see_to: Callable[[StoredResponse], Awaitable[None]]) -> None:

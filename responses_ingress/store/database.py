@@ -1,7 +1,8 @@
 """A process's database: reading, writing in groups, and transactions of one's own.
 
 What must stay true: everything on a hot path goes through the group-commit writer; `transaction` is for
-the rare rest. An open `Database` belongs to the loop that opened it.
+the rare rest, and the writer waits for one of these at the most. An open `Database` belongs to the loop that
+opened it.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ from responses_ingress.errors import StoreUnavailable
 from responses_ingress.ids import Clock
 from responses_ingress.store.engine import PATIENCE, is_sqlite, listen_engine, read_engine, write_engine
 from responses_ingress.store.wake import Bell, hear
-from responses_ingress.store.writer import T, Unit, Writer, kind
+from responses_ingress.store.writer import ALL_AT_ONCE, T, Unit, Writer, kind
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,10 @@ class Database:
         self.bell = Bell()
         self._read = read_engine(url, synchronous, patience)
         self._write = write_engine(url, synchronous, patience)
-        self._writer = Writer(self._write, clock, self.bell)
+        self._rest = write_engine(url, synchronous, patience)
+        # SQLite's own waiting is a poll, which who writes again and again wins each time.
+        self._order = asyncio.Lock() if is_sqlite(url) else ALL_AT_ONCE
+        self._writer = Writer(self._write, clock, self.bell, order=self._order)
         self._listen = None if is_sqlite(url) else listen_engine(url, patience)
         ears = hear(self._listen, self.bell, patience) if self._listen else None
         self._ears = asyncio.create_task(ears, name="store-ears") if ears else None
@@ -80,7 +84,7 @@ class Database:
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[AsyncConnection]:
         with _translated():
-            async with self._write.begin() as connection:
+            async with self._rest.connect() as connection, self._order, connection.begin():
                 yield connection
 
     def submit(self, unit: Unit[T]) -> Future[T]:
@@ -113,3 +117,4 @@ class Database:
             await self._listen.dispose()
         await self._read.dispose()
         await self._write.dispose()
+        await self._rest.dispose()

@@ -33,8 +33,8 @@ def is_sqlite(url: str) -> bool:
 
 
 def write_engine(url: str, synchronous: str = "normal", patience: float | None = None) -> AsyncEngine:
-    """The one connection of the writer. patience: seconds that PostgreSQL has for a statement."""
-    engine = create_async_engine(url, pool_size=1, max_overflow=1, hide_parameters=True, **_options(url, patience))
+    """One connection for writing. patience: seconds that PostgreSQL has for a statement."""
+    engine = create_async_engine(url, pool_size=1, max_overflow=0, hide_parameters=True, **_options(url, patience))
     if is_sqlite(url):
         _on_connect(engine, synchronous)
         event.listen(engine.sync_engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))

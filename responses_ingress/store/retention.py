@@ -8,7 +8,6 @@ writer's order (responses, threads, branches, preambles; each by their keys), so
 and what is needed is asked only when the lock is there, so that what began meanwhile is seen.
 """
 
-from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -214,35 +213,43 @@ NEEDS = (
 )
 """What `needed` looks at: columns of a query over branches."""
 
-_NEEDED = select(*NEEDS).where(branches.c.id == bindparam("branch"))
+_NEEDED = select(*NEEDS).where(_of_ids)
+_CUT = delete(items).where(items.c.branch_id == bindparam("branch"), items.c.position >= bindparam("end"))
+_GONE = delete(branches).where(_of_ids)
+_SHORTER = (
+    update(branches)
+    .where(branches.c.id == bindparam("branch"))
+    .values(head=bindparam("end"), parent_position=bindparam("begins"))
+)
 
 
 async def collect(connection: AsyncConnection, candidates: Iterable[str]) -> None:
     """Delete what nothing needs of these branches: their last items, or all of them; and then maybe of their
     parents."""
-    left = deque(dict.fromkeys(candidates))
-    if not left:
-        return
-    await _lock_branches(connection, left)
+    left = list(dict.fromkeys(candidates))
+    if left:
+        await _lock_branches(connection, left)
     while left:
-        branch = (await connection.execute(_NEEDED, {"branch": left.popleft()})).one_or_none()
-        if branch is not None and await _cut(connection, branch) and branch.parent_branch is not None:
-            left.append(branch.parent_branch)
+        left = await _cut(connection, (await connection.execute(_NEEDED, {"ids": left})).all())
 
 
-async def _cut(connection: AsyncConnection, branch: Row[Any]) -> bool:
-    """Cut the branch off behind what is needed of it. Whether less is needed of its parent then."""
-    end = needed(branch)
-    if end is not None and end >= branch.head:
-        return False
-    await connection.execute(delete(items).where(items.c.branch_id == branch.id, items.c.position >= (end or 0)))
-    this = branches.c.id == branch.id
-    if end is None:
-        await connection.execute(delete(branches).where(this))
-        return True
-    begins = min(end, branch.parent_position)  # it may be only the way to what begins before it does
-    await connection.execute(update(branches).where(this).values(head=end, parent_position=begins))
-    return bool(begins < branch.parent_position)
+async def _cut(connection: AsyncConnection, found: Sequence[Row[Any]]) -> list[str]:
+    """Cut these branches off behind what is needed of them; the parents of which less is needed then."""
+    too_long = [(branch, end) for branch in found if (end := needed(branch)) is None or end < branch.head]
+    gone = [branch for branch, end in too_long if end is None]
+    shorter = [  # one may be only the way to what begins before it does
+        {"branch": branch.id, "end": end, "begins": min(end, branch.parent_position)}
+        for branch, end in too_long
+        if end is not None
+    ]
+    if too_long:
+        await connection.execute(_CUT, [{"branch": branch.id, "end": end or 0} for branch, end in too_long])
+    if gone:
+        await connection.execute(_GONE, {"ids": [branch.id for branch in gone]})
+    if shorter:
+        await connection.execute(_SHORTER, shorter)
+    freed = [branch.parent_branch for branch, end in too_long if end is None or end < branch.parent_position]
+    return [id for id in dict.fromkeys(freed) if id is not None]
 
 
 def needed(branch: Row[Any]) -> int | None:

@@ -14,6 +14,7 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -62,6 +63,11 @@ _MOST_UNITS = 200
 _RETRY_DELAY = 0.5
 PATIENCE = 60.0
 """Seconds that work under way waits for a database that is down."""
+
+Order = AbstractAsyncContextManager[Any]
+"""Who writes next in this process: a fair lock where the database lets one write at a time."""
+
+ALL_AT_ONCE: Order = nullcontext()
 
 
 @dataclass(slots=True)
@@ -258,9 +264,12 @@ _NOTIFY = text("SELECT pg_notify(:channel, :payload)")
 class Writer:
     """The writer of one process. `submit` from the loop it runs in; `close` when all is submitted."""
 
-    def __init__(self, engine: AsyncEngine, clock: Clock, bell: Bell, patience: float = PATIENCE) -> None:
+    def __init__(
+        self, engine: AsyncEngine, clock: Clock, bell: Bell, patience: float = PATIENCE, order: Order = ALL_AT_ONCE
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._engine = engine
+        self._order = order
         self._clock = clock
         self._bell = bell
         self._patience = patience
@@ -351,7 +360,7 @@ class Writer:
 
     async def _transact(self, pending: Sequence[_Pending[Any]]) -> list[Any]:
         """One transaction; each unit's result, or the error it refused with."""
-        async with self._engine.begin() as connection:
+        async with self._order, self._engine.begin() as connection:
             batch = await self._read_facts(connection, [one.unit for one in pending])
             results = [_apply(one.unit, batch) for one in pending]
             for statement in sorted(batch.rows, key=_rank):

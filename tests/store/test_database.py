@@ -11,6 +11,7 @@ from sqlalchemy import func, insert, select, text
 
 from responses_ingress.errors import InvalidRequest, StoreUnavailable
 from responses_ingress.store.database import Database, DatabaseClock
+from responses_ingress.store.engine import is_sqlite
 from responses_ingress.store.tables import preambles
 from responses_ingress.store.writer import Unit
 from tests.store.desk import NOW, Clock, Desk
@@ -45,6 +46,31 @@ async def test_a_transaction_is_committed_whole_or_not_at_all(desk: Desk) -> Non
             await connection.execute(INSERT, preamble(3))
             raise ZeroDivisionError
     assert await stored(desk.database) == 2
+
+
+async def test_the_writer_waits_for_one_transaction_at_the_most(desk: Desk, each_database: str) -> None:
+    """However many there are: they are the rare rest, and answers wait for the writer."""
+    begun, go_on, done = asyncio.Event(), asyncio.Event(), []
+
+    async def transact(number: int) -> None:
+        async with desk.database.transaction() as connection:
+            begun.set()
+            await connection.execute(INSERT, preamble(number))
+            await go_on.wait()
+        done.append(number)
+
+    async with asyncio.TaskGroup() as transactions:
+        for number in range(20):
+            transactions.create_task(transact(number))
+        await begun.wait()
+        written = desk.database.submit(insertion(20))
+        if is_sqlite(each_database):  # where it waits for the one that has begun
+            go_on.set()
+        async with asyncio.timeout(10):
+            await written
+        assert len(done) <= 2
+        go_on.set()
+    assert await stored(desk.database) == 21
 
 
 async def test_readers_do_not_wait_for_a_writer_and_see_what_is_committed(desk: Desk) -> None:

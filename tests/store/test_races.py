@@ -60,12 +60,14 @@ def gate(database: Database) -> Iterator[Gate]:
         gate.arrived.set()
         await_only(gate.go.wait())
 
-    event.listen(database._write.sync_engine, "commit", stop)
+    for engine in (database._write, database._rest):
+        event.listen(engine.sync_engine, "commit", stop)
     try:
         yield gate
     finally:
         gate.go.set()
-        event.remove(database._write.sync_engine, "commit", stop)
+        for engine in (database._write, database._rest):
+            event.remove(engine.sync_engine, "commit", stop)
 
 
 async def waits(work: Any, watcher: Desk) -> "asyncio.Future[Any]":

@@ -26,6 +26,7 @@ from responses_ingress.store.turns import append_journal, use
 from responses_ingress.store.values import Entry, Keep
 from tests.store.claims import delete_beyond
 from tests.store.desk import LEASE, Clock, Desk, at_desk
+from tests.store.test_history import statements
 
 NOTHING = {"responses": 0, "branches": 0, "items": 0, "journal": 0}
 KEEP = Keep(journal=60, response=900)
@@ -230,6 +231,18 @@ async def test_a_crowd_is_deleted_a_part_at_a_time(desk: Desk) -> None:
     desk.clock.now += 900
     assert [await sweep(desk, delete_expired, desk.clock()) for _ in range(3)] == [MOST, 30, 0]
     assert await rows(desk) == NOTHING
+
+
+async def test_many_take_as_many_statements_as_one(desk: Desk) -> None:
+    counts = []
+    for many in (1, 30):
+        await asyncio.gather(*(desk.turn(desk.chain(), "a", "1", keep=KEEP) for _ in range(many)))
+        desk.clock.now += 900
+        async with desk.database.transaction() as connection:
+            seen = statements(connection)
+            assert await delete_expired(connection, desk.clock()) == many
+        counts.append(len(seen))
+    assert counts[0] == counts[1]
 
 
 # By number.
