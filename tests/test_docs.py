@@ -111,7 +111,7 @@ def test_the_times_and_sizes_of_deployment_fit_those_of_the_program() -> None:
 
 def test_the_connections_of_a_worker_are_those_of_the_program() -> None:
     url = "postgresql+asyncpg://u@h/d"
-    pools = [engine(url).sync_engine.pool for engine in (write_engine, write_engine, read_engine)]
+    pools = [engine.sync_engine.pool for engine in (write_engine(url), write_engine(url, spare=1), read_engine(url))]
     kept = [pool.size() for pool in pools]  # type: ignore[attr-defined]
     most = [size + pool._max_overflow for size, pool in zip(kept, pools, strict=True)]  # type: ignore[attr-defined]
     page = DEPLOYMENT.read_text(encoding="utf-8")

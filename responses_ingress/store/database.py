@@ -67,9 +67,10 @@ class Database:
         self.bell = Bell()
         self._read = read_engine(url, synchronous, patience)
         self._write = write_engine(url, synchronous, patience)
-        self._rest = write_engine(url, synchronous, patience)
         # SQLite's own waiting is a poll, which who writes again and again wins each time.
         self._order = asyncio.Lock() if is_sqlite(url) else ALL_AT_ONCE
+        # PostgreSQL may let one wait for another worker's row, and leases must be renewed meanwhile.
+        self._rest = write_engine(url, synchronous, patience, spare=0 if is_sqlite(url) else 1)
         self._writer = Writer(self._write, clock, self.bell, order=self._order)
         self._listen = None if is_sqlite(url) else listen_engine(url, patience)
         ears = hear(self._listen, self.bell, patience) if self._listen else None

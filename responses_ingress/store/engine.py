@@ -32,9 +32,10 @@ def is_sqlite(url: str) -> bool:
     return url.startswith("sqlite")
 
 
-def write_engine(url: str, synchronous: str = "normal", patience: float | None = None) -> AsyncEngine:
-    """One connection for writing. patience: seconds that PostgreSQL has for a statement."""
-    engine = create_async_engine(url, pool_size=1, max_overflow=0, hide_parameters=True, **_options(url, patience))
+def write_engine(url: str, synchronous: str = "normal", patience: float | None = None, spare: int = 0) -> AsyncEngine:
+    """One connection for writing. patience: seconds that PostgreSQL has for a statement. spare: how many more there
+    may be while that one waits."""
+    engine = create_async_engine(url, pool_size=1, max_overflow=spare, hide_parameters=True, **_options(url, patience))
     if is_sqlite(url):
         _on_connect(engine, synchronous)
         event.listen(engine.sync_engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
