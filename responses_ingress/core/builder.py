@@ -362,10 +362,14 @@ def _identify(index: int, item: Item) -> Item:
 
 
 def _same(index: int, opened: Item, final: Item) -> Item:
-    """`final` as the end of `opened`: clients know it by the id it was opened with."""
+    """`final` as the end of `opened`: clients know it by the id it was opened with, and a call that is given no
+    `call_id` by the one it was opened with."""
     if final.get("type") != opened["type"]:
         raise IllegalDelta(f"Item {index} was opened as {opened['type']} and ended as {final.get('type')}.")
-    return {**final, "id": opened["id"]}
+    known = {"id": opened["id"]}
+    if opened.get("call_id") and not final.get("call_id"):
+        known["call_id"] = opened["call_id"]
+    return {**final, **known}
 
 
 def _begun(index: int, item: Item, channel: Channel) -> str:

@@ -29,7 +29,7 @@ from responses_ingress.core.channels import (
     seals,
 )
 from responses_ingress.core.deltas import Accepted, Delta, Finish, Item, Kind, Mark, Open
-from responses_ingress.core.items import sealed
+from responses_ingress.core.items import CALLS, sealed
 from responses_ingress.core.replay import bare, bare_part, deltas_of_response, ended_as, ending
 from responses_ingress.dialects.failures import in_band
 from responses_ingress.dialects.slot import Slot
@@ -240,6 +240,8 @@ class ResponsesReader:
         place = {"message": "content", "reasoning": "summary"}.get(item["type"])
         if place and not isinstance(sound.get(place), list):
             sound[place] = []
+        if item["type"] in CALLS and not isinstance(item.get("call_id"), str):
+            sound["call_id"] = ""  # which the run fills in
         if isinstance(sound.get("arguments"), dict) and item["type"] in FIELDS:
             sound["arguments"] = orjson.dumps(sound["arguments"]).decode()
         return sound if self._backend is None else sealed(self._backend, sound)

@@ -127,7 +127,7 @@ class Maker:
     async def _take_up(self, row: StoredResponse, owner: Owner) -> Run:
         if row.asked == "cancel":
             raise Cancelled("The response was cancelled.")
-        if row.attempts > _MOST_ATTEMPTS:
+        if row.attempts >= _MOST_ATTEMPTS:
             raise ServerRestarted("The server was restarted each time that it began to produce this response.")
         request, caller = _unpack(row)
         backend, model = find_route(self.routes, request.model)
@@ -158,7 +158,7 @@ class Maker:
             backend = find_backend(self.routes, row.backend)
             if backend is None or backend.resumable:  # its work goes on upstream: it must not be begun a second time
                 return await self._go_on(row, backend, builder, entries)
-        lives = row.request is not None and row.attempts <= _MOST_ATTEMPTS
+        lives = row.request is not None and row.attempts < _MOST_ATTEMPTS
         if lives and row.background and (row.followed_until is None or not builder.has_said):
             if has_room:
                 return await self.take_up(row)

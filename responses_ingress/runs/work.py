@@ -14,14 +14,36 @@ import orjson
 
 from responses_ingress.core.deltas import Delta, Item
 from responses_ingress.core.items import digest
-from responses_ingress.errors import IngressError, UpstreamError
+from responses_ingress.errors import (
+    ContextLengthExceeded,
+    IngressError,
+    ModelNotFound,
+    PreviousNotCompleted,
+    ServerRestarted,
+    StoreUnavailable,
+    UpstreamError,
+    UpstreamRefused,
+    UpstreamTimeout,
+)
 from responses_ingress.ids import Ids
 from responses_ingress.store.database import Database
 from responses_ingress.store.values import Entry, Keep, NewItem, Owner, Placement
 
 logger = logging.getLogger(__name__)
 
-_STATUSES = {"context_length_exceeded": 400, "rate_limit_exceeded": 429}
+_OURS: Mapping[str | None, type[IngressError]] = {
+    error.code: error
+    for error in (
+        ContextLengthExceeded,
+        ModelNotFound,
+        PreviousNotCompleted,
+        ServerRestarted,
+        StoreUnavailable,
+        UpstreamRefused,
+        UpstreamTimeout,
+    )
+}
+_STATUSES = {"rate_limit_exceeded": 429, "server_is_overloaded": 503}
 _CANCEL_PATIENCE = 5.0
 """Seconds that an upstream is given to take a cancel."""
 
@@ -95,9 +117,10 @@ async def cancel_upstream(response_id: str, cancelling: Awaitable[None]) -> None
 
 
 def told_failure(response: Mapping[str, Any]) -> IngressError:
-    """The error of a failed response, as an HTTP error."""
+    """The error of a failed response, as an HTTP error: of what was raised only the code and the message are kept."""
     told = response["error"]
-    return UpstreamError(told["message"], code=told["code"], status=_STATUSES.get(told["code"]))
+    kind = _OURS.get(told["code"], UpstreamError)
+    return kind(told["message"], code=told["code"], status=_STATUSES.get(told["code"]))
 
 
 def new_item(item: Item) -> NewItem:

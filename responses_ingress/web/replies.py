@@ -30,7 +30,7 @@ _KEEPALIVE = frame("keepalive", b'{"type":"keepalive"}')
 
 @dataclass(frozen=True, slots=True)
 class StreamOptions:
-    """accept_wait: seconds that headers wait for the backend. keepalive: seconds of silence to break.
+    """accept_wait: seconds that headers wait for the backend. keepalive: seconds of silence at most.
     done: end streams with `[DONE]`."""
 
     accept_wait: float = 0.15
@@ -92,12 +92,13 @@ async def _stream(exchange: Exchange, run: Run | Tail, follower: Follower, optio
     loop = asyncio.get_running_loop()
     silence = _KEEPALIVE if is_codex(exchange.headers) else _COMMENT
     last = loop.time()
-    with _ticking(follower, options.keepalive / 3):
+    tick = options.keepalive / 3
+    with _ticking(follower, tick):
         while not follower.done:
             events = await follower.next(_MOST_EVENTS)
             if events:
                 await exchange.write(b"".join([frame(event.type, event.data) for event in events]))
-            elif not follower.done and loop.time() - last >= options.keepalive:
+            elif not follower.done and loop.time() - last >= options.keepalive - tick:
                 await exchange.write(silence)
             else:
                 continue

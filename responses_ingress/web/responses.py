@@ -67,7 +67,7 @@ class Responses:
         caller = read_caller(exchange.headers, tenant, bearer, raw)
         run = await self.runner.create(request, caller, exchange.disconnected)
         if request.unknown:
-            logger.info("%s: ignored fields %s", run.id, ", ".join(repr(name[:40]) for name in request.unknown[:10]))
+            logger.info("%s: unknown fields %s", run.id, ", ".join(repr(name[:40]) for name in request.unknown[:10]))
         exchange.extra_headers.append((THREAD_HEADER, run.thread_id.encode()))
         if request.stream:
             await reply_stream(exchange, run, self.stream)

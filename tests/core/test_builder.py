@@ -314,6 +314,15 @@ def test_the_final_item_of_a_backend_counts_but_for_its_id() -> None:
     assert events[4]["response"]["output"] == [{**final, "id": "ws_1"}]
 
 
+@pytest.mark.parametrize(("given", "kept"), [({}, "call_a"), ({"call_id": ""}, "call_a"), ({"call_id": "b"}, "b")])
+def test_a_call_whose_final_form_has_no_call_id_keeps_its_own(given: Json, kept: str) -> None:
+    final = {key: value for key, value in call().items() if key != "call_id"} | given
+    opened = Open(0, {**call(), "call_id": "call_a"})
+    for ending in ([Close(0, final), DONE], [Finish("completed", items={0: final})]):
+        output = events_of([opened, *ending])[-1]["response"]["output"]
+        assert output[0]["call_id"] == kept
+
+
 def test_an_item_that_is_done_is_not_in_progress() -> None:
     events = events_of([Open(0, search_call()), Close(0, search_call()), DONE])
     check_stream(events)

@@ -127,6 +127,15 @@ def test_encrypted_parts_are_sealed_too() -> None:
     assert closed == [{**agent, "content": [sealed, agent["content"][1]]}, {**output, "output": [sealed, "odd"]}]
 
 
+@pytest.mark.parametrize("made", [call, custom_call])
+def test_a_call_without_a_call_id_is_given_one_by_the_run(made: Callable[..., Json]) -> None:
+    """An empty one is what says so."""
+    nameless = {key: value for key, value in made().items() if key != "call_id"}
+    response = {**EVENTS[-1]["response"], "output": [nameless]}
+    opened = [delta.item for delta in ResponsesReader().read_json(response) if isinstance(delta, Open)]
+    assert [item["call_id"] for item in opened] == [""]
+
+
 def test_unknown_events_are_marks() -> None:
     odd = {"type": "response.odd", "sequence_number": 2, "x": 1, "obfuscation": "zz"}
     about = {"type": "response.odd.one", "output_index": 1, "item_id": "ws_1", "y": 2}

@@ -8,7 +8,16 @@ import pytest
 
 from responses_ingress.core.builder import Event
 from responses_ingress.core.deltas import Close, Remember, Text
-from responses_ingress.errors import CursorExpired
+from responses_ingress.errors import (
+    ContextLengthExceeded,
+    CursorExpired,
+    IngressError,
+    ServerRestarted,
+    StoreUnavailable,
+    UpstreamError,
+    UpstreamRefused,
+    UpstreamTimeout,
+)
 from responses_ingress.runs.feed import Follower
 from responses_ingress.runs.runner import Limits
 from responses_ingress.runs.tail import Tail
@@ -65,6 +74,34 @@ async def test_another_process_sees_the_same_events_as_they_come(migrated_databa
             await run.ended
         assert parsed(tail.feed.events) == parsed(run.feed.events)
         assert tail.response() == run.response()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UpstreamError("No."),
+        UpstreamTimeout("No."),
+        UpstreamRefused("No."),
+        UpstreamError("No.", code="rate_limit_exceeded", status=429),
+        UpstreamError("No.", code="server_is_overloaded", status=503),
+        ContextLengthExceeded("No."),
+        ServerRestarted("No."),
+        StoreUnavailable("No."),
+    ],
+    ids=lambda error: error.code,
+)
+async def test_another_process_tells_a_failure_as_the_same_http_error(
+    migrated_database: str, error: IngressError
+) -> None:
+    async with two(migrated_database) as (there, here):
+        run = await there.play(error)
+        await run.ended
+        tail = await tail_of(here, run.id)
+        with tail.follow() as follower:
+            await follower.end()
+        failure = tail.failure()
+    assert failure is not None and run.error is not None
+    assert (failure.status, failure.code, failure.message) == (run.error.status, run.error.code, run.error.message)
 
 
 async def test_a_follower_in_the_process_of_the_run_gets_text_before_it_is_journaled(unhurried: Stage) -> None:
