@@ -91,14 +91,14 @@ class Runner:
         self._ids = ids
         self._keep = limits.keep
         self.owner = Owner(ids.request(), 1, limits.lease)
-        kit = Kit(ids, limits.flush_interval, self._on_deserted, self._keep, at)
+        kit = Kit(ids, limits.flush_interval, self._on_left, self._keep, at)
         self._maker = Maker(database, routes, ids, kit, self.owner)
         self._view = View(database, self.get, self._on_followed, Tail.close, limits.disconnect_grace)
         self._runs: dict[str, Run] = {}
         self._tails: dict[str, Tail] = {}
         # What has no row to be found by when it is asked for again: by its name, with the digest of its body.
         self._repeatable: dict[bytes, tuple[Run, bytes | None]] = {}
-        self._lines: dict[tuple[str, str], _Line] = {}
+        self._lines: dict[tuple[str, str], deque[Ear]] = {}
         self._coming = 0  # requests that are not runs yet
         self._creating = 0
         self._beginning = 0  # background responses that are about to run
@@ -203,14 +203,15 @@ class Runner:
     async def _create_in_line(self, request: Request, caller: Caller, gone: Gone | None) -> Run:
         """Begin a response that builds on others, when those have ended: the first that came first."""
         deadline = asyncio.get_running_loop().time() + self._limits.thread_wait
-        with self._in_line(caller) as (line, ticket), self.database.bell.listen(line.topic) as ear:
+        with self.database.bell.listen() as ear, self._in_line(caller, ear) as line:
             leaving = asyncio.ensure_future(gone()) if gone is not None else None
             if leaving is not None:
                 leaving.add_done_callback(lambda _: ear.wake())
             try:
                 while True:
                     busy = None
-                    if line.tickets[0] is ticket:
+                    is_first = line[0] is ear
+                    if is_first:
                         try:
                             return await self._create(request, caller)
                         except PlacementOutdated:
@@ -218,7 +219,7 @@ class Runner:
                                 continue
                         except ResponseRunning as running:
                             busy = running
-                    await self._wait(busy, ear, deadline)
+                    await self._wait(busy, ear, deadline, is_first=is_first)
                     if leaving is not None and leaving.done():
                         raise Cancelled("The client left.")
             finally:
@@ -226,21 +227,22 @@ class Runner:
                     leaving.cancel()
 
     @contextlib.contextmanager
-    def _in_line(self, caller: Caller) -> Iterator[tuple["_Line", object]]:
-        """A place in the line of the caller's session; a request without a session is alone in one."""
+    def _in_line(self, caller: Caller, ear: Ear) -> Iterator[deque[Ear]]:
+        """A place in the line of the caller's session, for who waits with `ear`, in the order they came; a request
+        without a session is alone in one. Who is first is woken."""
         key = (caller.tenant, caller.thread_key or "")
-        line = self._lines.setdefault(key, _Line()) if caller.thread_key else _Line()
-        ticket = object()
-        line.tickets.append(ticket)
+        line = self._lines.setdefault(key, deque()) if caller.thread_key else deque()
+        line.append(ear)
         try:
-            yield line, ticket
+            yield line
         finally:
-            line.tickets.remove(ticket)
-            if not line.tickets:
+            line.remove(ear)
+            if line:
+                line[0].wake()
+            else:
                 self._lines.pop(key, None)
-            self.database.bell.ring([line.topic])
 
-    async def _wait(self, busy: ResponseRunning | None, ear: Ear, deadline: float) -> None:
+    async def _wait(self, busy: ResponseRunning | None, ear: Ear, deadline: float, *, is_first: bool) -> None:
         """Wait until it is worth looking again."""
         left = deadline - asyncio.get_running_loop().time()
         if left <= 0:
@@ -253,7 +255,7 @@ class Runner:
                 await self._make_way(run, busy.running)
             if is_new and run is None:
                 return  # it may have ended before this one listened
-        await ear.heard(min(POLL, left))
+        await ear.heard(min(POLL, left) if is_first else left)
 
     async def _make_way(self, run: Run | None, response_id: str) -> None:
         """End the run that has the thread's turn, if nobody follows it; or ask its process to. It is asked each time
@@ -402,6 +404,11 @@ class Runner:
 
     # Runs that nobody follows.
 
+    def _on_left(self, response_id: str) -> None:
+        """The last follower of a run has left; who waits for its thread need not wait for the grace period."""
+        self._on_deserted(response_id)
+        self.database.bell.ring([response_id])
+
     def _on_deserted(self, response_id: str) -> None:
         run = self._runs.get(response_id)
         if run is not None and not (run.goes_on or run.followed or run.ended.done()):
@@ -466,14 +473,6 @@ class Runner:
             await asyncio.wait(running, timeout=patience)
         elif self._creating:
             await asyncio.sleep(min(patience, _PAUSE))
-
-
-class _Line:
-    """Requests that wait for one session's turn, in the order they came."""
-
-    def __init__(self) -> None:
-        self.tickets: deque[object] = deque()
-        self.topic = f"line {id(self)}"
 
 
 def _forget(done: "asyncio.Future[None]") -> None:

@@ -31,6 +31,7 @@ from responses_ingress.store.responses import (
     read_journal,
     read_output,
 )
+from responses_ingress.store.wake import said
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ class Tail:
 
     async def _drive(self) -> None:
         try:
-            with self._view.database.bell.listen(self.id) as ear:
+            with self._view.database.bell.listen(self.id, said(self.id)) as ear:
                 while not await self._look():
                     await ear.heard(POLL)
         except Exception as error:

@@ -20,6 +20,7 @@ from responses_ingress.ids import is_named
 from responses_ingress.store.responses import StoredResponse
 from responses_ingress.store.tables import items, journal, responses, threads
 from responses_ingress.store.values import DEFAULT_KEEP, Ending, Entry, Keep, NewResponse, Owner, Placement
+from responses_ingress.store.wake import said
 from responses_ingress.store.writer import RUNNING, Batch, Branch, Lease, Repeat, Thread, Unit, insert_of
 
 _INSERT_THREAD = insert_of(threads)
@@ -346,7 +347,7 @@ def append_journal(response_id: str, owner: Owner, tenant: str, entry: Entry) ->
     def apply(batch: Batch) -> None:
         check_lease(batch, response_id, owner)
         _add_entry(batch, response_id, tenant, entry)
-        batch.ring(response_id)
+        batch.ring(said(response_id))
 
     return Unit(apply, responses=(response_id,), patient=True)
 

@@ -1,8 +1,8 @@
 """The bell: who waits for something in the database is woken when it has changed.
 
-A topic is a response's id (its journal, its end), `QUEUE` (something waits to be run) or `ASKED` (something
-is asked of an owner). In this process the writer rings when it has committed; between processes PostgreSQL
-carries the topics (NOTIFY, once for each transaction), and SQLite nothing.
+A topic is a response's id (it begins or ends), `said` of it (its journal), `QUEUE` (something waits to be run) or
+`ASKED` (something is asked of an owner). In this process the writer rings when it has committed; between
+processes PostgreSQL carries the topics (NOTIFY, once for each transaction), and SQLite nothing.
 
 What must stay true: a ring only wakes. Whoever is woken looks into the database, and looks now and then
 without being woken; so a ring that is lost costs time and nothing else.
@@ -25,6 +25,11 @@ CHANNEL = "responses_ingress"
 _MOST_PAYLOAD = 7_500  # bytes; PostgreSQL takes 7,999
 _RECONNECT = 1.0  # seconds
 _PROBE = 15.0
+
+
+def said(response_id: str) -> str:
+    """The topic of a response's journal, which is rung for many times a second."""
+    return f"{response_id}:said"
 
 
 class Ear:

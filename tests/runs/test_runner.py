@@ -171,6 +171,35 @@ async def test_a_run_that_nobody_follows_makes_way_for_the_next_turn(stage: Stag
     assert roles(stage, 1) == ["user"]
 
 
+async def test_who_waits_for_a_thread_has_it_as_soon_as_its_run_is_left(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("responses_ingress.runs.runner.POLL", 3600)
+    first = await stage.play(opened(), asyncio.Event(), caller=SESSION)
+    with first.follow():
+        second = asyncio.create_task(stage.play(*spoken("two"), caller=SESSION))
+        await (await stage.play(*spoken("meanwhile"), caller=ELSEWHERE)).ended
+        assert not second.done()
+    async with asyncio.timeout(20):
+        await (await second).ended
+    assert first.status == "cancelled"
+
+
+async def test_who_waits_for_a_run_does_not_look_again_whenever_it_journals(migrated_database: str) -> None:
+    async with staged(migrated_database, Limits(flush_interval=0)) as stage:
+        hold, going_on = asyncio.Event(), asyncio.Event()
+        first = await stage.play(opened(), hold, *[[Text(0, "word ")]] * 60, going_on, ended(), caller=SESSION)
+        with first.follow():
+            second = asyncio.create_task(stage.play(*spoken("two"), caller=SESSION))
+            await (await stage.play(*spoken("meanwhile"), caller=ELSEWHERE)).ended
+            uses = stage.database.uses
+            hold.set()
+            await until(lambda: len(stage.journal(first.id)) > 60)
+            assert stage.database.uses - uses < 30  # some, should this take seconds
+            going_on.set()
+            await (await second).ended
+
+
 async def test_a_background_run_makes_way_for_nobody(stage: Stage) -> None:
     hold = asyncio.Event()
     first = await stage.play(hold, *spoken("one"), caller=SESSION, background=True)
