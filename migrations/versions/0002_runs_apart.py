@@ -29,6 +29,7 @@ _COLUMNS = (
 _INDEXES = (
     ("ix_responses_base", ["base"], "status IN ('queued', 'in_progress')"),
     ("ix_responses_thread_id", ["thread_id"], "status IN ('queued', 'in_progress')"),
+    ("ix_responses_previous_response_id", ["previous_response_id"], "status IN ('queued', 'in_progress')"),
     ("ix_responses_branch_id", ["branch_id", "stop"], "branch_id IS NOT NULL"),
     ("ix_responses_retry_key", ["retry_key", "created_at"], "retry_key IS NOT NULL"),
     ("ix_responses_journal_until", ["journal_until"], "journal_until IS NOT NULL"),

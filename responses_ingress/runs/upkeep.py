@@ -186,19 +186,23 @@ class Upkeep:
         """Sweep in small transactions, between which others write, until there is nothing left."""
         while not self._stopping.is_set():
             async with self._database.transaction() as connection:
-                if await sweep(connection) < MOST:
+                if not await sweep(connection):
                     return
             await asyncio.sleep(_BREATH)
 
     async def _thin_out(self, most: int) -> None:
-        """Choose once, which reads much, and delete in small transactions."""
-        async with self._database.reading() as connection:
-            chosen = await find_beyond(connection, most)
-        while chosen and not self._stopping.is_set():
-            async with self._database.transaction() as connection:
-                await delete_chosen(connection, chosen[:MOST])
-            del chosen[:MOST]
-            await asyncio.sleep(_BREATH)
+        """Choose many at a time, which reads much, and delete in small transactions."""
+        deleted = 1
+        while deleted:
+            deleted = 0
+            async with self._database.reading() as connection:
+                chosen = await find_beyond(connection, most)
+            for start in range(0, len(chosen), MOST):
+                if self._stopping.is_set():
+                    return
+                async with self._database.transaction() as connection:
+                    deleted += await delete_chosen(connection, chosen[start : start + MOST])
+                await asyncio.sleep(_BREATH)
 
 
 async def _each(rows: Sequence[StoredResponse], see_to: Callable[[StoredResponse], Awaitable[None]]) -> None:

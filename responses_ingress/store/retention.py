@@ -28,7 +28,13 @@ from responses_ingress.store.tables import (
 )
 
 MOST = 100
-"""Rows that one call deletes at most."""
+"""Responses or threads that one call deletes at most."""
+
+_MOST_ROWS = 2_000
+"""Rows of items or of journals that one call is to delete with them; but one response or thread has any number."""
+
+_MOST_CHOSEN = 1_000
+_MOST_IDS = 1_000  # in one statement, of which PostgreSQL takes 32,767
 
 _CHOSEN = (responses.c.id, responses.c.tenant, responses.c.preamble, responses.c.branch_id, responses.c.base)
 
@@ -47,18 +53,48 @@ async def delete_response(connection: AsyncConnection, tenant: str, response_id:
     return False
 
 
+_waiting = responses.alias("waiting")
+_is_waited_for = exists().where(
+    _waiting.c.previous_response_id == responses.c.id,
+    _waiting.c.status.in_([literal_column("'queued'"), literal_column("'in_progress'")]),
+    _waiting.c.base.is_(None),
+)
+"""A response in the queue builds on it, and has not begun to."""
+
+_is_active = exists().where(threads.c.id == branches.c.thread_id, threads.c.active_branch == branches.c.id)
+_own_items = (
+    select(branches.c.head - branches.c.parent_position)
+    .where(branches.c.id == responses.c.branch_id, ~_is_active)
+    .scalar_subquery()
+    .label("weight")
+)
+"""The items that may go with a response, where it is the last that needs them."""
+
+
+def _few(found: Iterable[Any]) -> list[str]:
+    """The ids of the first of these rows (id, weight), as many as a small transaction can take."""
+    few: list[str] = []
+    weight = 0
+    for row in found:
+        weight += row.weight or 0
+        if few and weight > _MOST_ROWS:
+            break
+        few.append(row.id)
+    return few
+
+
 _EXPIRED = (
-    select(responses.c.id)
-    .where(responses.c.expires_at <= bindparam("now"))
+    select(responses.c.id, _own_items)
+    .where(responses.c.expires_at <= bindparam("now"), ~_is_waited_for)
     .order_by(responses.c.expires_at)
     .limit(MOST)
-    .with_for_update(skip_locked=True)
+    .with_for_update(skip_locked=True, of=responses)
 )
 
 
 async def delete_expired(connection: AsyncConnection, now: float) -> int:
     """Delete some of the responses whose time is over; how many."""
-    return await _delete(connection, (await connection.execute(_EXPIRED, {"now": now})).scalars().all())
+    return await _delete(connection, _few((await connection.execute(_EXPIRED, {"now": now})).all()))
 
 
 _kept = (responses.c.store, responses.c.expires_at.is_not(None))
@@ -71,40 +107,44 @@ _ranked = (
     .where(*_kept, responses.c.tenant.in_(_over))
     .subquery()
 )
-_BEYOND = select(_ranked.c.id).where(_ranked.c.rank > bindparam("most"))
+_BEYOND = (
+    select(_ranked.c.id).where(_ranked.c.rank > bindparam("most")).order_by(_ranked.c.rank.desc()).limit(_MOST_CHOSEN)
+)
 
 
 async def find_beyond(connection: AsyncConnection, most: int) -> list[str]:
-    """The responses beyond a tenant's `most`, those unused for longest."""
+    """Some of the responses beyond a tenant's `most`, those unused for longest."""
     return list((await connection.execute(_BEYOND, {"most": most})).scalars())
 
 
 _FREE = (
-    select(responses.c.id)
+    select(responses.c.id, _own_items)
     .where(responses.c.id.in_(bindparam("ids", expanding=True)))
     .order_by(responses.c.id)
-    .with_for_update(skip_locked=True)
+    .with_for_update(skip_locked=True, of=responses)
 )
 
 
 async def delete_chosen(connection: AsyncConnection, ids: Sequence[str]) -> int:
-    """Delete these responses, those that are still there, have ended and are nobody's to delete just now; how many."""
-    return await _delete(connection, (await connection.execute(_FREE, {"ids": list(ids)})).scalars().all())
+    """Delete some of these responses, of those that are still there, have ended and are nobody's to delete just now;
+    how many."""
+    return await _delete(connection, _few((await connection.execute(_FREE, {"ids": list(ids)})).all()))
 
 
+_journaled = select(func.count()).select_from(journal).where(journal.c.response_id == responses.c.id).scalar_subquery()
 _PAST = (
-    select(responses.c.id)
+    select(responses.c.id, _journaled.label("weight"))
     .where(responses.c.journal_until <= bindparam("now"))
     .order_by(responses.c.journal_until)
     .limit(MOST)
-    .with_for_update(skip_locked=True)
+    .with_for_update(skip_locked=True, of=responses)
 )
 
 
 async def drop_journals(connection: AsyncConnection, now: float) -> int:
     """Drop the journals of some responses that ended long enough ago, and the names by which a repeated request
     would find them; how many."""
-    ids = (await connection.execute(_PAST, {"now": now})).scalars().all()
+    ids = _few((await connection.execute(_PAST, {"now": now})).all())
     if ids:
         await connection.execute(delete(journal).where(journal.c.response_id.in_(ids)))
         gone: dict[str, None] = dict.fromkeys(("journal_until", "retry_key", "retry_body"))
@@ -112,36 +152,33 @@ async def drop_journals(connection: AsyncConnection, now: float) -> int:
     return len(ids)
 
 
+_branched = (
+    select(func.sum(branches.c.head - branches.c.parent_position + 1))
+    .where(branches.c.thread_id == threads.c.id)
+    .scalar_subquery()
+)
 _IDLE = (
-    select(threads.c.id)
+    select(threads.c.id, _branched.label("weight"))
     .where(
         threads.c.updated_at < bindparam("before"),
         or_(threads.c.running.is_(None), ~exists().where(responses.c.id == threads.c.running, is_running)),
     )
     .order_by(threads.c.updated_at)
     .limit(MOST)
-    .with_for_update(skip_locked=True)
+    .with_for_update(skip_locked=True, of=threads)
 )
 
 
 async def delete_idle_threads(connection: AsyncConnection, before: float) -> int:
     """Delete some of the threads that nobody used since `before`; how many. Responses of theirs that are still
     kept keep their history."""
-    ids = (await connection.execute(_IDLE, {"before": before})).scalars().all()
+    ids = _few((await connection.execute(_IDLE, {"before": before})).all())
     if ids:
         theirs = (await connection.execute(select(branches.c.id).where(branches.c.thread_id.in_(ids)))).scalars().all()
         await connection.execute(delete(threads).where(threads.c.id.in_(ids)))
         await collect(connection, theirs)
     return len(ids)
 
-
-_waiting = responses.alias("waiting")
-_is_waited_for = exists().where(
-    _waiting.c.previous_response_id == responses.c.id,
-    _waiting.c.status.in_([literal_column("'queued'"), literal_column("'in_progress'")]),
-    _waiting.c.base.is_(None),
-)
-"""A response in the queue builds on it, and has not begun to."""
 
 _DELETE = (
     delete(responses)
@@ -226,11 +263,12 @@ _SHORTER = (
 async def collect(connection: AsyncConnection, candidates: Iterable[str]) -> None:
     """Delete what nothing needs of these branches: their last items, or all of them; and then maybe of their
     parents."""
-    left = list(dict.fromkeys(candidates))
-    if left:
+    all_of_them = sorted(set(candidates))
+    for start in range(0, len(all_of_them), _MOST_IDS):
+        left = all_of_them[start : start + _MOST_IDS]
         await _lock_branches(connection, left)
-    while left:
-        left = await _cut(connection, (await connection.execute(_NEEDED, {"ids": left})).all())
+        while left:
+            left = await _cut(connection, (await connection.execute(_NEEDED, {"ids": left})).all())
 
 
 async def _cut(connection: AsyncConnection, found: Sequence[Row[Any]]) -> list[str]:

@@ -132,6 +132,7 @@ is_running = responses.c.status.in_([literal_column("'queued'"), literal_column(
 _partial("ix_responses_running", responses.c.lease_until, where=is_running)
 _partial("ix_responses_base", responses.c.base, where=is_running)
 _partial("ix_responses_thread_id", responses.c.thread_id, where=is_running)
+_partial("ix_responses_previous_response_id", responses.c.previous_response_id, where=is_running)
 _partial(
     "ix_responses_preamble",
     responses.c.tenant,

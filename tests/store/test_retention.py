@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import select
+from sqlalchemy import insert, select
 
 from responses_ingress.core.request import Retry
 from responses_ingress.errors import InvalidRequest
@@ -21,7 +21,7 @@ from responses_ingress.store.retention import (
     delete_response,
     drop_journals,
 )
-from responses_ingress.store.tables import responses
+from responses_ingress.store.tables import branches, responses
 from responses_ingress.store.turns import append_journal, use
 from responses_ingress.store.values import Entry, Keep
 from tests.store.claims import delete_beyond
@@ -233,6 +233,27 @@ async def test_a_crowd_is_deleted_a_part_at_a_time(desk: Desk) -> None:
     assert await rows(desk) == NOTHING
 
 
+async def test_what_cannot_be_deleted_yet_is_in_nobodys_way(desk: Desk) -> None:
+    awaited = [await desk.turn(desk.chain(), "a", "1", keep=KEEP) for _ in range(3)]
+    for parent in awaited:
+        await desk.wait(previous_response_id=parent)
+    desk.clock.now += 1
+    later = await desk.turn(desk.chain(), "b", "2", keep=KEEP)
+    desk.clock.now += 900
+    assert await sweep(desk, delete_expired, desk.clock()) == 1
+    assert await sweep(desk, delete_expired, desk.clock()) == 0
+    assert await living(desk, [*awaited, later]) == awaited
+
+
+async def test_long_histories_are_deleted_a_few_at_a_time(desk: Desk) -> None:
+    for _ in range(3):
+        place = desk.chain()
+        await desk.end(await desk.begin(place), place, ["a"] * 1500, ["1"], keep=KEEP)
+    desk.clock.now += 900
+    assert [await sweep(desk, delete_expired, desk.clock()) for _ in range(4)] == [1, 1, 1, 0]
+    assert await rows(desk) == NOTHING
+
+
 async def test_many_take_as_many_statements_as_one(desk: Desk) -> None:
     counts = []
     for many in (1, 30):
@@ -277,6 +298,17 @@ async def test_a_crowd_beyond_the_number_is_deleted_a_part_at_a_time(desk: Desk)
 
 
 # Journals.
+
+
+async def test_long_journals_are_dropped_a_few_at_a_time(desk: Desk) -> None:
+    for _ in range(3):
+        place = desk.chain()
+        response_id = await desk.begin(place)
+        await asyncio.gather(*(desk.journal(response_id, number) for number in range(1500)))
+        await desk.end(response_id, place, ["a"], ["1"], lingers=True, journal=Entry(1500, 1, b"[]"), keep=KEEP)
+    desk.clock.now += 60
+    assert [await sweep(desk, drop_journals, desk.clock()) for _ in range(4)] == [1, 1, 1, 0]
+    assert await desk.count("journal") == 0
 
 
 async def test_a_journal_is_dropped_when_nobody_comes_back_for_it_any_more(desk: Desk) -> None:
@@ -360,6 +392,18 @@ async def test_a_thread_whose_turn_runs_is_not_idle(desk: Desk) -> None:
     desk.clock.now += 11
     assert await idle(desk, 10) == 1
     assert await desk.delete(running)
+    assert await rows(desk) == NOTHING
+
+
+async def test_a_thread_of_any_number_of_branches_is_deleted(desk: Desk) -> None:
+    """Also of more than PostgreSQL takes parameters."""
+    place = await desk.session()
+    await desk.turn(place, "a", "1", store=False)
+    async with desk.database.transaction() as connection:
+        root = {"tenant": "", "thread_id": place.thread_id, "parent_branch": None, "parent_position": 0, "head": 0}
+        await connection.execute(insert(branches), [{"id": f"branch {number}", **root} for number in range(33_000)])
+    desk.clock.now += 100
+    assert await idle(desk, 50) == 1
     assert await rows(desk) == NOTHING
 
 
