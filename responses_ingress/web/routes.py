@@ -38,7 +38,7 @@ class Health:
         await exchange.reply({"status": "ok"})
 
     async def ready(self, exchange: Exchange) -> None:
-        """Ready when the database answers and can be written to."""
+        """Ready when the database answers and its writer is at work; whether it can be written to is not tried."""
         await self.database.check()
         await exchange.reply({"status": "ready"})
 
