@@ -7,7 +7,7 @@ branch; payloads come back as the bytes they were stored as. Every function name
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Executable, Integer, Row, and_, bindparam, case, select
+from sqlalchemy import JSON, Executable, Integer, Row, Text, and_, bindparam, case, column, func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql import ColumnElement
 
@@ -116,14 +116,26 @@ async def _read(
     return (await connection.execute(query, {"branch": branch, "first": first, "stop": stop})).all()
 
 
-_REFERENCED = (
-    select(items.c.item_id, items.c.payload)
-    .where(items.c.tenant == bindparam("tenant"), items.c.item_id.in_(bindparam("ids", expanding=True)))
-    .order_by(items.c.position)
-)
+def _last_copies(listed: str) -> Executable:
+    """Of each of these `:ids` the tenant's copy at the highest position, the only row of it that is read.
+
+    listed: the function that makes rows of a JSON array. A list of parameters would be compiled anew for each length.
+    """
+    asked = getattr(func, listed)(bindparam("ids", type_=JSON)).table_valued(column("value", Text), name="asked")
+    last = (
+        select(items.c.payload)
+        .where(items.c.tenant == bindparam("tenant"), items.c.item_id == asked.c.value)
+        .order_by(items.c.position.desc())
+        .limit(1)
+        .scalar_subquery()
+    )
+    return select(asked.c.value.label("item_id"), last.label("payload"))
+
+
+_REFERENCED = {"sqlite": _last_copies("json_each"), "postgresql": _last_copies("json_array_elements_text")}
 
 
 async def find_items(connection: AsyncConnection, tenant: str, ids: Sequence[str]) -> dict[str, bytes]:
     """The tenant's stored items with these ids."""
-    rows = (await connection.execute(_REFERENCED, {"tenant": tenant, "ids": list(ids)})).all()
-    return {row.item_id: row.payload for row in rows}
+    found = await connection.execute(_REFERENCED[connection.dialect.name], {"tenant": tenant, "ids": list(set(ids))})
+    return {row.item_id: row.payload for row in found if row.payload is not None}
