@@ -38,7 +38,7 @@ from responses_ingress.runs.tail import POLL, Tail, View
 from responses_ingress.runs.work import Kit
 from responses_ingress.store.database import Database
 from responses_ingress.store.queue import ask_to_yield, cancel, followed_until, sign
-from responses_ingress.store.responses import StoredResponse, find_response, load, read_journal
+from responses_ingress.store.responses import StoredResponse, find_response, has_journal, load
 from responses_ingress.store.retention import delete_response
 from responses_ingress.store.turns import use
 from responses_ingress.store.values import Keep, Owner
@@ -324,7 +324,7 @@ class Runner:
             return run
         if after is not None and not row.running:
             async with self.database.reading() as connection:
-                if not await read_journal(connection, row.id):
+                if not await has_journal(connection, row.id):
                     raise CursorExpired(
                         "The events of this response are not kept any more. Leave out 'starting_after' to get its"
                         " output as a new stream.",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import orjson
-from sqlalchemy import bindparam, or_, select
+from sqlalchemy import bindparam, exists, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from responses_ingress.core.deltas import Item
@@ -149,3 +149,10 @@ async def read_journal(connection: AsyncConnection, response_id: str, first: int
     """What is journaled of a run from an event on, in order. `first` must be where a row begins."""
     rows = await connection.execute(_JOURNAL, {"response": response_id, "first": first})
     return [Entry(*row) for row in rows]
+
+
+_HAS_JOURNAL = select(exists().where(journal.c.response_id == bindparam("response")))
+
+
+async def has_journal(connection: AsyncConnection, response_id: str) -> bool:
+    return bool((await connection.execute(_HAS_JOURNAL, {"response": response_id})).scalar_one())

@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from responses_ingress.store.engine import is_sqlite, write_engine
 from responses_ingress.store.history import find_items
 from responses_ingress.store.queue import asked_of, claim_left_behind, claim_queued, is_any_due, renew_leases
-from responses_ingress.store.responses import find_response, read_journal
+from responses_ingress.store.responses import find_response, has_journal, read_journal
 from responses_ingress.store.retention import delete_expired, delete_idle_threads, delete_response, drop_journals
 from responses_ingress.store.values import Owner
 from responses_ingress.store.writer import _LEASES, _PREAMBLES, _QUEUED, _REPEATS, _THREADS
@@ -55,6 +55,7 @@ ASKED: dict[str, Work] = {
     "delete_response": lambda c: delete_response(c, "t1", "resp_1", 1.0),
     "find_response": lambda c: find_response(c, "t1", "resp_1", 1.0),
     "find_items": lambda c: find_items(c, "t1", ["copied", "item_1"]),
+    "has_journal": lambda c: has_journal(c, "resp_1"),
     "read_journal": lambda c: read_journal(c, "resp_1"),
     "a batch's leases": lambda c: c.execute(_LEASES, {"ids": ["resp_1", "run_1"]}),
     "a batch's threads": lambda c: c.execute(_THREADS, {"ids": ["thread_1", "thread_2"]}),
