@@ -4,6 +4,7 @@ What must stay true: a response is found by its tenant or not at all; one that i
 (`store: false`) is never found, unless it ran in the background and is there for a few minutes more.
 """
 
+import asyncio
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,8 +12,10 @@ import orjson
 from sqlalchemy import bindparam, exists, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from responses_ingress.core.builder import Builder
 from responses_ingress.core.deltas import Item
 from responses_ingress.core.envelope import Envelope, restore
+from responses_ingress.core.replay import folding
 from responses_ingress.store.history import read_payloads
 from responses_ingress.store.tables import journal, preambles, responses
 from responses_ingress.store.values import Entry
@@ -149,6 +152,14 @@ async def read_journal(connection: AsyncConnection, response_id: str, first: int
     """What is journaled of a run from an event on, in order. `first` must be where a row begins."""
     rows = await connection.execute(_JOURNAL, {"response": response_id, "first": first})
     return [Entry(*row) for row in rows]
+
+
+async def fold_journal(row: StoredResponse, entries: Sequence[Entry]) -> Builder:
+    """The response as all its `entries` tell it, without events. A long journal does not hold up everybody else."""
+    builder = Builder(envelope_at_creation(row), silent=True)
+    for _ in folding(builder, (entry.payload for entry in entries)):
+        await asyncio.sleep(0)
+    return builder
 
 
 _HAS_JOURNAL = select(exists().where(journal.c.response_id == bindparam("response")))

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from responses_ingress.core.deltas import Item
 from responses_ingress.core.envelope import Envelope
 from responses_ingress.core.items import listed
-from responses_ingress.core.replay import fold
 from responses_ingress.core.request import parse_request
 from responses_ingress.errors import InvalidValue, NotFound
 from responses_ingress.runs.run import Run
@@ -19,9 +18,9 @@ from responses_ingress.runs.runner import Runner
 from responses_ingress.store.database import Database
 from responses_ingress.store.responses import (
     StoredResponse,
-    envelope_at_creation,
     envelope_of,
     find_response,
+    fold_journal,
     read_input,
     read_journal,
     read_output,
@@ -129,10 +128,9 @@ class Responses:
             entries = await read_journal(connection, row.id) if row.running else []
             if row.running and not entries:  # its end may have come in between
                 row = await find_response(connection, row.tenant, row.id, self.database.clock()) or row
-            if row.running:
-                journal = [entry.payload for entry in entries]
-                return fold(envelope_at_creation(row), journal, silent=True).response()
-            output = [] if row.status == "cancelled" else await read_output(connection, row)
+            output = [] if row.running or row.status == "cancelled" else await read_output(connection, row)
+        if row.running:
+            return (await fold_journal(row, entries)).response()
         return envelope_of(row) | {"output": output}
 
 

@@ -1,16 +1,26 @@
 """Reading responses: for their tenant alone, and as they were made."""
 
+import asyncio
 from dataclasses import replace
 from typing import Any
 
 import orjson
 import pytest
 
+from responses_ingress.core.deltas import Accepted, Delta, Open, Part, Text, encode
 from responses_ingress.core.envelope import open_envelope, reduce, split_repeated
+from responses_ingress.core.replay import PORTION, fold
 from responses_ingress.core.request import parse_request
-from responses_ingress.store.responses import envelope_at_creation, envelope_of, load, read_input, read_output
+from responses_ingress.store.responses import (
+    envelope_at_creation,
+    envelope_of,
+    fold_journal,
+    load,
+    read_input,
+    read_output,
+)
 from responses_ingress.store.turns import end
-from responses_ingress.store.values import Ending
+from responses_ingress.store.values import Ending, Entry
 from tests.store.desk import NOW, Desk
 
 
@@ -146,3 +156,22 @@ async def test_a_client_that_sent_its_history_gets_all_of_it_as_input(desk: Desk
     async with desk.database.reading() as connection:
         assert [item["content"] for item in await read_input(connection, row)] == ["a", "1", "b"]
         assert [item["content"] for item in await read_output(connection, row)] == ["2"]
+
+
+async def test_a_long_journal_is_folded_in_turn_with_everybody_else(desk: Desk) -> None:
+    row = await desk.row(await desk.begin(desk.chain()))
+    deltas: list[Delta] = [
+        Accepted(),
+        Open(0, {"id": "msg_1", "type": "message", "content": []}),
+        Part(0, "output_text"),
+    ]
+    entries = [Entry(0, 5, encode(deltas)), Entry(5, 10 * PORTION, encode([Text(0, "a")] * (10 * PORTION)))]
+    folding = asyncio.create_task(fold_journal(row, entries))
+    turns = 0
+    while not folding.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns > 10
+    builder = folding.result()
+    assert builder.response() == fold(envelope_at_creation(row), [entry.payload for entry in entries]).response()
+    assert builder.output[0]["content"][0]["text"] == "a" * 10 * PORTION
