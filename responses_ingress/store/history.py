@@ -7,7 +7,7 @@ branch; payloads come back as the bytes they were stored as. Every function name
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import JSON, Executable, Integer, Row, Text, and_, bindparam, case, column, func, select
+from sqlalchemy import JSON, Executable, Integer, Row, Select, Text, and_, bindparam, case, column, func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql import ColumnElement
 
@@ -51,7 +51,7 @@ async def find_thread(connection: AsyncConnection, tenant: str, thread_id: str) 
     return ThreadHead(*row) if row is not None else None
 
 
-def _on_branch(*columns: ColumnElement[Any]) -> Executable:
+def _on_branch(*columns: ColumnElement[Any]) -> Select[Any]:
     """`columns` of the items on `:branch` from position `:first` up to `:stop`, in order.
 
     A branch begins at `parent_position`; what lies below is on its parent. The recursion walks up the
@@ -92,6 +92,7 @@ def _on_branch(*columns: ColumnElement[Any]) -> Executable:
 _PAYLOADS = _on_branch(items.c.payload)
 _DIGESTS = _on_branch(items.c.type, items.c.digest)
 _ITEMS = _on_branch(items.c.item_id, items.c.type, items.c.payload)
+_POSITIONS = _on_branch(items.c.position).where(items.c.item_id == bindparam("item"))
 
 
 async def read_payloads(connection: AsyncConnection, branch: str, first: int, stop: int) -> list[bytes]:
@@ -114,6 +115,14 @@ async def _read(
     connection: AsyncConnection, query: Executable, branch: str, first: int, stop: int
 ) -> Sequence[Row[Any]]:
     return (await connection.execute(query, {"branch": branch, "first": first, "stop": stop})).all()
+
+
+async def find_positions(connection: AsyncConnection, branch: str, first: int, stop: int, item_id: str) -> list[int]:
+    """Where between `first` and `stop` of a branch items have this id, in order."""
+    if "\0" in item_id:  # PostgreSQL takes no such text
+        return []
+    asked = {"branch": branch, "first": first, "stop": stop, "item": item_id}
+    return list((await connection.execute(_POSITIONS, asked)).scalars())
 
 
 def _last_copies(listed: str) -> Executable:
