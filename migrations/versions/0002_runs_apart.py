@@ -49,9 +49,13 @@ def upgrade() -> None:
         op.create_index(name, "responses", columns, sqlite_where=sa.text(where), postgresql_where=sa.text(where))
     op.create_index("ix_branches_thread_id", "branches", ["thread_id"])
     op.create_index("ix_threads_updated_at", "threads", ["updated_at"])
+    op.drop_index("ix_items_item_id", "items")
+    op.create_index("ix_items_tenant_item_id", "items", ["tenant", "item_id", "position"])
 
 
 def downgrade() -> None:
+    op.drop_index("ix_items_tenant_item_id", "items")
+    op.create_index("ix_items_item_id", "items", ["item_id"])
     op.drop_index("ix_threads_updated_at", "threads")
     op.drop_index("ix_branches_thread_id", "branches")
     for name, _, _ in _INDEXES:

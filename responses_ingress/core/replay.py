@@ -4,7 +4,7 @@ What must stay true: `fold` gives the builder the response had when the journal 
 from an output build exactly that output. Knows nothing of the store or of time.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,17 +25,27 @@ from responses_ingress.core.deltas import (
     decode,
 )
 
+PORTION = 256
+"""Deltas that are fed within a millisecond."""
+
 _ENDINGS: tuple[Status, ...] = ("completed", "incomplete", "failed", "cancelled")
 
 
 def fold(envelope: Mapping[str, Any], batches: Iterable[bytes], *, silent: bool = False) -> Builder:
     """A builder that has been fed a whole journal; a silent one has no events."""
     builder = Builder(envelope, silent=silent)
-    builder.start()
-    for payload in batches:
-        for delta in decode(payload):
-            builder.feed(delta)
+    for _ in folding(builder, batches):
+        pass
     return builder
+
+
+def folding(builder: Builder, batches: Iterable[bytes]) -> Iterator[None]:
+    """Feed a whole journal to a new builder, with a stop after each portion: whoever has others to serve can."""
+    builder.start()
+    for number, delta in enumerate((delta for payload in batches for delta in decode(payload)), 1):
+        builder.feed(delta)
+        if number % PORTION == 0:
+            yield
 
 
 def deltas_of(output: Sequence[Item]) -> list[Delta]:

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -18,7 +18,6 @@ from responses_ingress.core.builder import Builder
 from responses_ingress.core.deltas import Finish, Status
 from responses_ingress.core.deltas import encode as encode_deltas
 from responses_ingress.core.envelope import Envelope, changed, open_envelope, reduce, split_repeated
-from responses_ingress.core.replay import fold
 from responses_ingress.core.request import Caller, Request, parse_request
 from responses_ingress.core.turn import Turn
 from responses_ingress.errors import (
@@ -41,7 +40,7 @@ from responses_ingress.runs.work import Kit, Record, Work, cancel_upstream, new_
 from responses_ingress.store.database import Database
 from responses_ingress.store.history import read_payloads
 from responses_ingress.store.queue import enqueue, nowhere, put_back
-from responses_ingress.store.responses import StoredResponse, envelope_at_creation, read_journal
+from responses_ingress.store.responses import StoredResponse, envelope_at_creation, fold_journal, read_journal
 from responses_ingress.store.turns import begin, begin_claimed, end, go_on
 from responses_ingress.store.values import Ending, Entry, NewItem, NewResponse, Owner, Placement
 
@@ -56,6 +55,13 @@ _MOST_RESUMPTIONS = 100
 _ANY = 10**9
 _DELAY = 1.0
 """Seconds until a response that could not begin is looked at again."""
+
+
+class Told(NamedTuple):
+    """What a response had said: its journal, and what that makes."""
+
+    entries: Sequence[Entry]
+    builder: Builder
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,51 +154,47 @@ class Maker:
         """Law 7, for a response that was begun by another process and is this one's now: go on with it where its
         backend remembers, begin it again where nobody has seen what it said (here or, without room, whoever has
         some), else end it."""
-        async with self.database.reading() as connection:
-            entries = await read_journal(connection, row.id)
-        builder = fold(envelope_at_creation(row), (entry.payload for entry in entries), silent=True)
+        told = await self._told(row)
+        builder = told.builder
         if row.asked == "cancel":
-            await self._recover_cancelled(row, builder)
+            await self._tell_upstream(row, builder)
+            await self.close(row, Cancelled("The response was cancelled."), told)
             return None
         if builder.memory is not None and row.request is not None and not builder.has_said:
             backend = find_backend(self.routes, row.backend)
             if backend is None or backend.resumable:  # its work goes on upstream: it must not be begun a second time
-                return await self._go_on(row, backend, builder, entries)
+                return await self._go_on(row, backend, told)
         lives = row.request is not None and row.attempts < _MOST_ATTEMPTS
         if lives and row.background and (row.followed_until is None or not builder.has_said):
             if has_room:
                 return await self.take_up(row)
             await self.database.submit(put_back(row, replace(self.owner, epoch=row.epoch), 0))
             return None
-        await self.close(row, ServerRestarted("The server was restarted while it was producing this response."))
+        await self.close(row, ServerRestarted("The server was restarted while it was producing this response."), told)
         logger.warning("response %s was left behind by another process and is closed as failed", row.id)
         return None
 
-    async def _go_on(
-        self, row: StoredResponse, backend: Backend | None, builder: Builder, entries: Sequence[Entry]
-    ) -> Run | None:
+    async def _go_on(self, row: StoredResponse, backend: Backend | None, told: Told) -> Run | None:
         """Let the backend go on from what it remembers; end the response where it cannot."""
         if backend is None:
-            await self.close(
-                row, UpstreamError(f"The upstream '{row.backend}' of this response is not there any more.")
-            )
+            gone = UpstreamError(f"The upstream '{row.backend}' of this response is not there any more.")
+            await self.close(row, gone, told)
             return None
         if row.attempts > _MOST_RESUMPTIONS:
-            await self._tell_upstream(row, builder)
-            await self.close(
-                row, ServerRestarted("The server was restarted each time that it went on with this response.")
-            )
+            await self._tell_upstream(row, told.builder)
+            again = ServerRestarted("The server was restarted each time that it went on with this response.")
+            await self.close(row, again, told)
             return None
         try:
-            return await self._resumed(row, backend, builder, entries)
+            return await self._resumed(row, backend, told)
         except (StaleWriter, StoreUnavailable):
             raise
         except IngressError as error:
-            await self._tell_upstream(row, builder)
-            await self.close(row, error)
+            await self._tell_upstream(row, told.builder)
+            await self.close(row, error, told)
             return None
 
-    async def _resumed(self, row: StoredResponse, backend: Backend, builder: Builder, entries: Sequence[Entry]) -> Run:
+    async def _resumed(self, row: StoredResponse, backend: Backend, told: Told) -> Run:
         request, caller = _unpack(row)
         model = next((model for found, model in self._led_to(request.model) if found is backend), request.model)
         placement, input = _place(row, caller, self.ids), _items(row)
@@ -200,7 +202,7 @@ class Maker:
             before = await read_payloads(connection, placement.branch_id, 0, placement.position)
         context, new = [orjson.loads(item) for item in before], [orjson.loads(item.payload) for item in input]
         turn = _turn(request, caller, Resolved(row.thread_id, placement, context, new), row.id, model)
-        turn = replace(turn, resume=builder.memory)
+        turn = replace(turn, resume=told.builder.memory)
         deltas = backend.stream(turn)
         owner = replace(self.owner, epoch=row.epoch)
         begun = self.database.submit(go_on(row.id, placement, owner))
@@ -211,7 +213,7 @@ class Maker:
             begun = self.database.submit(go_on(row.id, placement, owner))
             await begun
         record = Record(self.database, placement, owner, row.store, input, caller.kind == "turn", begun, lingers=True)
-        work = replace(_work(backend, turn, deltas), journal=entries)
+        work = replace(_work(backend, turn, deltas), journal=told.entries)
         return Run(turn, work, envelope_at_creation(row), record, self.kit)
 
     def _led_to(self, model: str) -> list[tuple[Backend, str]]:
@@ -221,23 +223,24 @@ class Maker:
         except ModelNotFound:
             return []
 
-    async def _recover_cancelled(self, row: StoredResponse, builder: Builder) -> None:
-        await self._tell_upstream(row, builder)
-        await self.close(row, Cancelled("The response was cancelled."))
-
     async def _tell_upstream(self, row: StoredResponse, builder: Builder) -> None:
         """Cancel what the backend remembers: nobody will ask for it any more."""
         backend = find_backend(self.routes, row.backend)
         if backend is not None and backend.resumable and builder.memory is not None:
             await cancel_upstream(row.id, backend.cancel(builder.memory, None))
 
-    async def close(self, row: StoredResponse, error: IngressError) -> None:
+    async def close(self, row: StoredResponse, error: IngressError, told: Told | None = None) -> None:
         """End a response of another process with all that it had said. `row` is this process's."""
-        async with self.database.reading() as connection:
-            entries = await read_journal(connection, row.id)
-        ending = closed(row, entries, error, int(self.ids.clock()))
+        if told is None:
+            told = await self._told(row)
+        ending = closed(row, told, error, int(self.ids.clock()))
         owner = replace(self.owner, epoch=row.epoch)
         await self.database.submit(end(row.id, owner, nowhere(row), replace(ending, keep=self.kit.keep)))
+
+    async def _told(self, row: StoredResponse) -> Told:
+        async with self.database.reading() as connection:
+            entries = await read_journal(connection, row.id)
+        return Told(entries, await fold_journal(row, entries))
 
     def _named(self, request: Request, caller: Caller) -> tuple[Request, str]:
         """The request with an id for every item, so that these stay when it is run by another process, and the
@@ -282,16 +285,15 @@ class Maker:
         )
 
 
-def closed(row: StoredResponse, entries: Sequence[Entry], error: IngressError, now: int) -> Ending:
-    """How a response ends that its process did not end: folded, with the last row of its journal."""
+def closed(row: StoredResponse, told: Told, error: IngressError, now: int) -> Ending:
+    """How a response ends that its process did not end: with all it had said, and the last row of its journal."""
+    entries, builder = told
     status: Status = "cancelled" if isinstance(error, Cancelled) else "failed"
     detail = None if status == "cancelled" else error.detail()
-    envelope = envelope_at_creation(row)
-    builder = fold(envelope, (entry.payload for entry in entries), silent=True)
     first = sum(entry.events for entry in entries)
     finish = Finish(status, error=detail, at=now)
     builder.feed(finish)
-    echo = changed(envelope, builder.response())
+    echo = changed(envelope_at_creation(row), builder.response())
     return Ending(
         status=status,
         input=_items(row),

@@ -31,14 +31,14 @@ from responses_ingress.errors import (
     ThreadBusy,
 )
 from responses_ingress.ids import Ids
-from responses_ingress.runs.making import Maker, closed
+from responses_ingress.runs.making import Maker, Told, closed
 from responses_ingress.runs.metrics import Metrics
 from responses_ingress.runs.run import Run
 from responses_ingress.runs.tail import POLL, Tail, View
 from responses_ingress.runs.work import Kit
 from responses_ingress.store.database import Database
 from responses_ingress.store.queue import ask_to_yield, cancel, followed_until, sign
-from responses_ingress.store.responses import StoredResponse, find_response, load, read_journal
+from responses_ingress.store.responses import StoredResponse, find_response, fold_journal, has_journal, load
 from responses_ingress.store.retention import delete_response
 from responses_ingress.store.turns import use
 from responses_ingress.store.values import Keep, Owner
@@ -326,7 +326,7 @@ class Runner:
             return run
         if after is not None and not row.running:
             async with self.database.reading() as connection:
-                if not await read_journal(connection, row.id):
+                if not await has_journal(connection, row.id):
                     raise CursorExpired(
                         "The events of this response are not kept any more. Leave out 'starting_after' to get its"
                         " output as a new stream.",
@@ -358,7 +358,8 @@ class Runner:
         reason = Cancelled("The response was cancelled.")
         patience = asyncio.get_running_loop().time() + _CANCEL_PATIENCE
         with self.database.bell.listen(row.id) as ear:
-            ending = replace(closed(row, (), reason, int(self._clock())), keep=self._keep)
+            ending = closed(row, Told((), await fold_journal(row, ())), reason, int(self._clock()))
+            ending = replace(ending, keep=self._keep)
             await self.database.submit(cancel(row, ending))
             run = self._runs.get(row.id)
             if run is not None:

@@ -7,7 +7,7 @@ branch; payloads come back as the bytes they were stored as. Every function name
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Executable, Integer, Row, and_, bindparam, case, select
+from sqlalchemy import JSON, Executable, Integer, Row, Select, Text, and_, bindparam, case, column, func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql import ColumnElement
 
@@ -51,7 +51,7 @@ async def find_thread(connection: AsyncConnection, tenant: str, thread_id: str) 
     return ThreadHead(*row) if row is not None else None
 
 
-def _on_branch(*columns: ColumnElement[Any]) -> Executable:
+def _on_branch(*columns: ColumnElement[Any]) -> Select[Any]:
     """`columns` of the items on `:branch` from position `:first` up to `:stop`, in order.
 
     A branch begins at `parent_position`; what lies below is on its parent. The recursion walks up the
@@ -92,6 +92,7 @@ def _on_branch(*columns: ColumnElement[Any]) -> Executable:
 _PAYLOADS = _on_branch(items.c.payload)
 _DIGESTS = _on_branch(items.c.type, items.c.digest)
 _ITEMS = _on_branch(items.c.item_id, items.c.type, items.c.payload)
+_POSITIONS = _on_branch(items.c.position).where(items.c.item_id == bindparam("item"))
 
 
 async def read_payloads(connection: AsyncConnection, branch: str, first: int, stop: int) -> list[bytes]:
@@ -116,14 +117,34 @@ async def _read(
     return (await connection.execute(query, {"branch": branch, "first": first, "stop": stop})).all()
 
 
-_REFERENCED = (
-    select(items.c.item_id, items.c.payload)
-    .where(items.c.tenant == bindparam("tenant"), items.c.item_id.in_(bindparam("ids", expanding=True)))
-    .order_by(items.c.position)
-)
+async def find_positions(connection: AsyncConnection, branch: str, first: int, stop: int, item_id: str) -> list[int]:
+    """Where between `first` and `stop` of a branch items have this id, in order."""
+    if "\0" in item_id:  # PostgreSQL takes no such text
+        return []
+    asked = {"branch": branch, "first": first, "stop": stop, "item": item_id}
+    return list((await connection.execute(_POSITIONS, asked)).scalars())
+
+
+def _last_copies(listed: str) -> Executable:
+    """Of each of these `:ids` the tenant's copy at the highest position, the only row of it that is read.
+
+    listed: the function that makes rows of a JSON array. A list of parameters would be compiled anew for each length.
+    """
+    asked = getattr(func, listed)(bindparam("ids", type_=JSON)).table_valued(column("value", Text), name="asked")
+    last = (
+        select(items.c.payload)
+        .where(items.c.tenant == bindparam("tenant"), items.c.item_id == asked.c.value)
+        .order_by(items.c.position.desc())
+        .limit(1)
+        .scalar_subquery()
+    )
+    return select(asked.c.value.label("item_id"), last.label("payload"))
+
+
+_REFERENCED = {"sqlite": _last_copies("json_each"), "postgresql": _last_copies("json_array_elements_text")}
 
 
 async def find_items(connection: AsyncConnection, tenant: str, ids: Sequence[str]) -> dict[str, bytes]:
     """The tenant's stored items with these ids."""
-    rows = (await connection.execute(_REFERENCED, {"tenant": tenant, "ids": list(ids)})).all()
-    return {row.item_id: row.payload for row in rows}
+    found = await connection.execute(_REFERENCED[connection.dialect.name], {"tenant": tenant, "ids": list(set(ids))})
+    return {row.item_id: row.payload for row in found if row.payload is not None}

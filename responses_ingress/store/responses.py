@@ -4,16 +4,20 @@ What must stay true: a response is found by its tenant or not at all; one that i
 (`store: false`) is never found, unless it ran in the background and is there for a few minutes more.
 """
 
+import asyncio
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import orjson
-from sqlalchemy import bindparam, or_, select
+from sqlalchemy import bindparam, exists, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from responses_ingress.core.builder import Builder
 from responses_ingress.core.deltas import Item
 from responses_ingress.core.envelope import Envelope, restore
-from responses_ingress.store.history import read_payloads
+from responses_ingress.core.replay import folding
+from responses_ingress.errors import NotFound
+from responses_ingress.store.history import find_positions, read_payloads
 from responses_ingress.store.tables import journal, preambles, responses
 from responses_ingress.store.values import Entry
 from responses_ingress.store.writer import RUNNING
@@ -126,11 +130,33 @@ async def read_output(connection: AsyncConnection, row: StoredResponse) -> list[
     return _joined(await read_payloads(connection, row.branch_id, row.output_at, row.stop))
 
 
-async def read_input(connection: AsyncConnection, row: StoredResponse) -> list[Item]:
-    """The request's own input items, oldest first."""
-    if row.branch_id is None or row.output_at is None:
-        return orjson.loads(row.input) if row.input else []
-    return _joined(await read_payloads(connection, row.branch_id, row.first, row.output_at))
+async def read_input(
+    connection: AsyncConnection,
+    row: StoredResponse,
+    *,
+    after: str | None = None,
+    most: int | None = None,
+    newest_first: bool = False,
+) -> list[Item]:
+    """The request's own input items, or some of them: `most`, behind the one with the id `after`; where several
+    have it, the last of these in the order asked for. Raises `NotFound` where none has."""
+    given: list[Item] = []
+    branch, first, stop = row.branch_id, row.first, row.output_at
+    if branch is None or stop is None:
+        given = orjson.loads(row.input) if row.input else []
+        branch, first, stop = None, 0, len(given)
+    if after is not None:
+        if branch is None:
+            found = [place for place, item in enumerate(given) if item["id"] == after]
+        else:
+            found = await find_positions(connection, branch, first, stop, after)
+        if not found:
+            raise NotFound(f"Item with id '{after[:100]}' not found.", param="after")
+        first, stop = (first, found[0]) if newest_first else (found[-1] + 1, stop)
+    if most is not None:
+        first, stop = (max(first, stop - most), stop) if newest_first else (first, min(stop, first + most))
+    items = given[first:stop] if branch is None else _joined(await read_payloads(connection, branch, first, stop))
+    return items[::-1] if newest_first else items
 
 
 def _joined(payloads: Sequence[bytes]) -> list[Item]:
@@ -149,3 +175,18 @@ async def read_journal(connection: AsyncConnection, response_id: str, first: int
     """What is journaled of a run from an event on, in order. `first` must be where a row begins."""
     rows = await connection.execute(_JOURNAL, {"response": response_id, "first": first})
     return [Entry(*row) for row in rows]
+
+
+async def fold_journal(row: StoredResponse, entries: Sequence[Entry]) -> Builder:
+    """The response as all its `entries` tell it, without events. A long journal does not hold up everybody else."""
+    builder = Builder(envelope_at_creation(row), silent=True)
+    for _ in folding(builder, (entry.payload for entry in entries)):
+        await asyncio.sleep(0)
+    return builder
+
+
+_HAS_JOURNAL = select(exists().where(journal.c.response_id == bindparam("response")))
+
+
+async def has_journal(connection: AsyncConnection, response_id: str) -> bool:
+    return bool((await connection.execute(_HAS_JOURNAL, {"response": response_id})).scalar_one())

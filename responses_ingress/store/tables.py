@@ -79,11 +79,13 @@ items = Table(
     Column("branch_id", Text, primary_key=True),
     Column("position", Integer, primary_key=True, autoincrement=False),
     Column("tenant", Text, nullable=False),
-    Column("item_id", Text, nullable=False, index=True),
+    Column("item_id", Text, nullable=False),
     Column("type", Text, nullable=False),
     Column("digest", LargeBinary, nullable=False),
     Column("payload", LargeBinary, nullable=False),
 )
+# An id can have as many copies as its tenant likes, and in other tenants too: the last one is found at once.
+Index("ix_items_tenant_item_id", items.c.tenant, items.c.item_id, items.c.position)
 
 responses = Table(
     "responses",

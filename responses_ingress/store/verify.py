@@ -166,15 +166,13 @@ def _thread(row: Row[Any], hour: _Hour) -> Iterator[str]:
 
 # Branches.
 
-_parents, _named = branches.alias("parents"), responses.alias("named")
+_parents = branches.alias("parents")
 
 
 def _of_items(column: ColumnElement[Any]) -> ColumnElement[Any]:
     return select(column).where(items.c.branch_id == branches.c.id).scalar_subquery()
 
 
-# An id begins with its thread's partition, so a range of the primary key holds the thread's own responses.
-_partition = func.substr(branches.c.id, 1, 16)
 _BRANCHES = select(
     *NEEDS,
     _parents.c.id.label("parent"),
@@ -183,13 +181,11 @@ _BRANCHES = select(
     _of_items(func.min(items.c.position)).label("lowest"),
     _of_items(func.max(items.c.position)).label("highest"),
     exists().where(threads.c.id == branches.c.thread_id).label("in_thread"),
-    exists()
-    .where(
-        _named.c.id >= "resp_" + _partition, _named.c.id < "resp_" + _partition + "g", _named.c.base == branches.c.id
-    )
-    .label("begun_on"),
 ).select_from(branches.outerjoin(_parents, _parents.c.id == branches.c.parent_branch))
 _BASES = select(responses.c.base).where(responses.c.base.in_(bindparam("ids", expanding=True)))
+# An id begins with its thread's partition, so a range of the primary key holds the own responses of all threads that a
+# page of branches is of. It is read once a page: asked branch by branch it would grow with the square of the forks.
+_OWN_BASES = _BASES.where(responses.c.id.between(bindparam("low"), bindparam("high")))
 
 # A walk up the parents. In a circle one branch has the greatest id: its own walk meets only smaller ones, until
 # it is back. So a walk may end at the first greater one, and is short also where there are many forks of forks.
@@ -214,11 +210,14 @@ async def _judge_branches(
     ups = await connection.execute(_CIRCLES, {"ids": [row.id for row in rows]})
     circles = {up.origin for up in ups if up.origin == up.id}
     wrong += [(row, "it is its own ancestor") for row in rows if row.id in circles]
-    left = [row for row in rows if needed(row) is None and not row.in_thread and not row.begun_on]
-    if left:  # a turn of a forked thread may have begun on it, and that has another partition
-        bases = set((await connection.execute(_BASES, {"ids": [row.id for row in left]})).scalars())
-        wrong += [(row, "nothing needs it") for row in left if row.id not in bases]
-    return wrong
+    left = {row.id: row for row in rows if needed(row) is None and not row.in_thread}
+    for bases in (_OWN_BASES, _BASES):  # what begins in a forked thread has another partition
+        if left:
+            ids = list(left)
+            span = {"low": f"resp_{ids[0][:16]}", "high": f"resp_{ids[-1][:16]}g"}
+            for id in set((await connection.execute(bases, {"ids": ids, **span})).scalars()):
+                del left[id]
+    return [*wrong, *((row, "nothing needs it") for row in left.values())]
 
 
 def _branch(row: Row[Any]) -> Iterator[str]:

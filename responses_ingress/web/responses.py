@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from responses_ingress.core.deltas import Item
 from responses_ingress.core.envelope import Envelope
 from responses_ingress.core.items import listed
-from responses_ingress.core.replay import fold
 from responses_ingress.core.request import parse_request
 from responses_ingress.errors import InvalidValue, NotFound
 from responses_ingress.runs.run import Run
@@ -19,9 +18,9 @@ from responses_ingress.runs.runner import Runner
 from responses_ingress.store.database import Database
 from responses_ingress.store.responses import (
     StoredResponse,
-    envelope_at_creation,
     envelope_of,
     find_response,
+    fold_journal,
     read_input,
     read_journal,
     read_output,
@@ -107,9 +106,12 @@ class Responses:
 
     async def input_items(self, exchange: Exchange) -> None:
         row = await self._find(exchange)
+        page = _page_query(exchange.query())
         async with self.database.reading() as connection:
-            items = await read_input(connection, row)
-        await exchange.reply(_page([listed(item) for item in items], _page_query(exchange.query())))
+            items = await read_input(
+                connection, row, after=page.after, most=page.limit + 1, newest_first=page.newest_first
+            )
+        await exchange.reply(_page(items, page.limit))
 
     async def _find(self, exchange: Exchange) -> StoredResponse:
         tenant, _ = self.keyring.tenant(exchange.headers)
@@ -129,10 +131,9 @@ class Responses:
             entries = await read_journal(connection, row.id) if row.running else []
             if row.running and not entries:  # its end may have come in between
                 row = await find_response(connection, row.tenant, row.id, self.database.clock()) or row
-            if row.running:
-                journal = [entry.payload for entry in entries]
-                return fold(envelope_at_creation(row), journal, silent=True).response()
-            output = [] if row.status == "cancelled" else await read_output(connection, row)
+            output = [] if row.running or row.status == "cancelled" else await read_output(connection, row)
+        if row.running:
+            return (await fold_journal(row, entries)).response()
         return envelope_of(row) | {"output": output}
 
 
@@ -167,24 +168,13 @@ def _page_query(query: Mapping[str, list[str]]) -> _PageQuery:
     return _PageQuery(query.get("after", [None])[-1], int(limit), order == "desc")
 
 
-def _page(items: Sequence[Item], query: _PageQuery) -> dict[str, object]:
-    """One page of `items`, which are oldest first."""
-    if query.newest_first:
-        items = items[::-1]
-    start = 0 if query.after is None else 1 + _index(items, query.after)
-    page = items[start : start + query.limit]
+def _page(items: Sequence[Item], limit: int) -> dict[str, object]:
+    """A page of `items`, of which there is one more where another page follows."""
+    page = [listed(item) for item in items[:limit]]
     return {
         "object": "list",
         "data": page,
         "first_id": page[0]["id"] if page else None,
         "last_id": page[-1]["id"] if page else None,
-        "has_more": start + query.limit < len(items),
+        "has_more": len(items) > limit,
     }
-
-
-def _index(items: Sequence[Item], id: str) -> int:
-    """Where the item is; where two have its id, the later one, so that pages come to an end."""
-    for at in range(len(items) - 1, -1, -1):
-        if items[at]["id"] == id:
-            return at
-    raise NotFound(f"Item with id '{id[:100]}' not found.", param="after")

@@ -10,6 +10,8 @@ from typing import Any
 
 import orjson
 import pytest
+from sqlalchemy import Engine
+from sqlalchemy.event import listen, remove
 
 from responses_ingress.core.deltas import Accepted, Close, Remember, Text
 from responses_ingress.core.request import Caller
@@ -76,6 +78,25 @@ async def test_what_a_dead_process_left_behind_is_closed_as_failed_with_all_it_h
             assert orjson.loads(row["echo"]) == {"service_tier": events[-1]["response"]["service_tier"]}
             with pytest.raises(PreviousNotCompleted):
                 await found.create(previous_response_id=left.id)
+
+
+async def test_the_journal_of_what_was_left_behind_is_read_once(migrated_database: str) -> None:
+    reads: list[str] = []
+
+    def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        if statement.startswith("SELECT journal."):
+            reads.append(statement)
+
+    async with two_processes(migrated_database) as (dead, later):
+        left = await dead.play(opened(), [Text(0, "half a")], asyncio.Event())
+        await until(lambda: len(dead.journal(left.id)) == 2)
+        listen(Engine, "before_cursor_execute", note)
+        try:
+            async with staged(migrated_database, clock=later, seed=2) as found:
+                await until(lambda: found.row(left.id)["status"] == "failed")
+        finally:
+            remove(Engine, "before_cursor_execute", note)
+        assert len(reads) == 1
 
 
 async def test_the_thread_of_what_was_left_behind_can_be_used_again(migrated_database: str) -> None:

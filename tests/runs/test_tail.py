@@ -5,6 +5,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
+from sqlalchemy import Engine
+from sqlalchemy.event import listen, remove
 
 from responses_ingress.core.builder import Event
 from responses_ingress.core.deltas import Close, Remember, Text
@@ -241,6 +243,23 @@ async def test_when_its_journal_is_gone_a_response_is_told_anew_but_from_no_numb
     assert events[-1]["response"] == run.response()
     with pytest.raises(CursorExpired):
         await tail_of(stage, run.id, after=2)
+
+
+async def test_whether_numbers_are_kept_is_known_without_reading_what_was_said(stage: Stage) -> None:
+    run = await stage.play(*spoken("hi"))
+    await run.ended
+    seen: list[str] = []
+
+    def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        seen.append(statement)
+
+    listen(Engine, "before_cursor_execute", note)
+    try:
+        await tail_of(stage, run.id, after=2)
+    finally:
+        remove(Engine, "before_cursor_execute", note)
+    assert [statement for statement in seen if "FROM journal" in statement]
+    assert not [statement for statement in seen if "journal.payload" in statement]
 
 
 async def test_a_response_that_begins_again_elsewhere_is_followed_on(migrated_database: str) -> None:

@@ -188,6 +188,28 @@ async def test_items_are_found_by_their_ids_and_tenant_only(desk: Desk, connecti
     assert await find_items(connection, "t", []) == {}
 
 
+async def test_of_several_copies_the_tenants_at_the_highest_position_is_found(
+    desk: Desk, connection: AsyncConnection
+) -> None:
+    copies = [("t", "b1", 1), ("t", "b2", 7), ("t", "b3", 7), ("t", "b4", 3), ("other", "b5", 9)]
+    rows = [
+        {
+            "branch_id": branch,
+            "position": position,
+            "tenant": tenant,
+            "item_id": "msg_1",
+            "type": "message",
+            "digest": b"",
+            "payload": f"{tenant}'s at {position}".encode(),
+        }
+        for tenant, branch, position in copies
+    ]
+    async with desk.database.transaction() as writing:
+        await writing.execute(insert(items), rows)
+    assert await find_items(connection, "t", ["msg_1"]) == {"msg_1": b"t's at 7"}
+    assert await find_items(connection, "other", ["msg_1"]) == {"msg_1": b"other's at 9"}
+
+
 # A tree of turns against a model that copies lists.
 
 moves = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 3)), min_size=1, max_size=12)

@@ -8,8 +8,9 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from responses_ingress.store.engine import is_sqlite, write_engine
+from responses_ingress.store.history import find_items
 from responses_ingress.store.queue import asked_of, claim_left_behind, claim_queued, is_any_due, renew_leases
-from responses_ingress.store.responses import find_response, read_journal
+from responses_ingress.store.responses import find_response, has_journal, read_journal
 from responses_ingress.store.retention import delete_expired, delete_idle_threads, delete_response, drop_journals
 from responses_ingress.store.values import Owner
 from responses_ingress.store.writer import _LEASES, _PREAMBLES, _QUEUED, _REPEATS, _THREADS
@@ -34,6 +35,8 @@ FILL = [
     " SELECT 'thread_' || n, 't', 'k' || n, 'branch_' || n, 0, 0, n FROM {many}",
     "INSERT INTO items (branch_id, position, tenant, item_id, type, digest, payload)"
     " SELECT 'branch_' || n, 0, 't', 'item_' || n, 'message', {bytes}, {bytes} FROM {many}",
+    "INSERT INTO items (branch_id, position, tenant, item_id, type, digest, payload)"
+    " SELECT 'copies_' || n, n % 100, 't' || (n % 2), 'copied', 'message', {bytes}, {bytes} FROM {many}",
     "INSERT INTO journal (response_id, first, tenant, count, payload)"
     " SELECT 'resp_' || n, 0, 't', 1, {bytes} FROM {many}",
     "INSERT INTO preambles (tenant, digest, payload) SELECT 't' || (n % 5), {digest}, {bytes} FROM {many}",
@@ -51,6 +54,8 @@ ASKED: dict[str, Work] = {
     "delete_idle_threads": lambda c: delete_idle_threads(c, 20.0),
     "delete_response": lambda c: delete_response(c, "t1", "resp_1", 1.0),
     "find_response": lambda c: find_response(c, "t1", "resp_1", 1.0),
+    "find_items": lambda c: find_items(c, "t1", ["copied", "item_1"]),
+    "has_journal": lambda c: has_journal(c, "resp_1"),
     "read_journal": lambda c: read_journal(c, "resp_1"),
     "a batch's leases": lambda c: c.execute(_LEASES, {"ids": ["resp_1", "run_1"]}),
     "a batch's threads": lambda c: c.execute(_THREADS, {"ids": ["thread_1", "thread_2"]}),
@@ -82,26 +87,32 @@ async def engine(each_database: str) -> AsyncIterator[AsyncEngine]:
 
 
 async def test_what_is_asked_often_reads_no_table_from_end_to_end(engine: AsyncEngine) -> None:
+    for name, work in ASKED.items():
+        plans = await plans_of(engine, work)
+        assert plans
+        for plan in plans:
+            assert not any(scan in plan for scan in whole_tables(engine)), f"{name}: {plan}"
+
+
+async def test_of_an_item_the_last_of_many_copies_is_found_by_the_index_alone(engine: AsyncEngine) -> None:
+    [plan] = await plans_of(engine, ASKED["find_items"])
+    assert "ix_items_tenant_item_id" in plan
+    assert not any(sorted in plan for sorted in ("Sort", "TEMP B-TREE", "Bitmap")), plan
+
+
+async def plans_of(engine: AsyncEngine, work: Work) -> list[str]:
+    """The plans of the statements that the work runs."""
     seen: list[tuple[str, Any]] = []
 
     def note(_connection: object, _cursor: object, statement: str, parameters: Any, *_: object) -> None:
         seen.append((statement, parameters))
 
-    asked: dict[str, list[tuple[str, Any]]] = {}
     event.listen(engine.sync_engine, "before_cursor_execute", note)
-    for name, work in ASKED.items():
-        seen.clear()
-        async with engine.begin() as connection:
-            await work(connection)
-            await connection.rollback()
-        asked[name] = [one for one in seen if not one[0].startswith("BEGIN")]
+    async with engine.begin() as connection:
+        await work(connection)
+        await connection.rollback()
     event.remove(engine.sync_engine, "before_cursor_execute", note)
-    for name, statements in asked.items():
-        assert statements
-        for statement, parameters in statements:
-            plan = await explained(engine, statement, parameters)
-            read = [line for line in plan if any(scan in line for scan in whole_tables(engine))]
-            assert not read, f"{name}: {statement}\n" + "\n".join(plan)
+    return [await explained(engine, *one) for one in seen if not one[0].startswith("BEGIN")]
 
 
 def whole_tables(engine: AsyncEngine) -> list[str]:
@@ -111,8 +122,8 @@ def whole_tables(engine: AsyncEngine) -> list[str]:
     return [f"Seq Scan on {table}" for table in LARGE]
 
 
-async def explained(engine: AsyncEngine, statement: str, parameters: Any) -> list[str]:
+async def explained(engine: AsyncEngine, statement: str, parameters: Any) -> str:
     explain = "EXPLAIN QUERY PLAN " if engine.dialect.name == "sqlite" else "EXPLAIN "
     async with engine.begin() as connection:
         found = await connection.exec_driver_sql(explain + statement, parameters)
-        return [f"{row[-1]}\n" for row in found]
+        return statement + "\n" + "".join(f"{row[-1]}\n" for row in found)

@@ -1,16 +1,29 @@
 """Reading responses: for their tenant alone, and as they were made."""
 
+import asyncio
 from dataclasses import replace
 from typing import Any
 
 import orjson
 import pytest
+from sqlalchemy import select, update
 
+from responses_ingress.core.deltas import Accepted, Delta, Open, Part, Text, encode
 from responses_ingress.core.envelope import open_envelope, reduce, split_repeated
+from responses_ingress.core.replay import PORTION, fold
 from responses_ingress.core.request import parse_request
-from responses_ingress.store.responses import envelope_at_creation, envelope_of, load, read_input, read_output
+from responses_ingress.errors import NotFound
+from responses_ingress.store.responses import (
+    envelope_at_creation,
+    envelope_of,
+    fold_journal,
+    load,
+    read_input,
+    read_output,
+)
+from responses_ingress.store.tables import items
 from responses_ingress.store.turns import end
-from responses_ingress.store.values import Ending
+from responses_ingress.store.values import Ending, Entry
 from tests.store.desk import NOW, Desk
 
 
@@ -131,6 +144,59 @@ async def test_input_and_output_are_the_responses_own(desk: Desk) -> None:
         assert [item["content"] for item in await read_output(connection, row)] == ["2"]
 
 
+IDS = ["x", "y", "x", "z", "x"]
+
+
+@pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize(
+    ("after", "most", "oldest", "newest"),
+    [
+        (None, None, "abcde", "edcba"),
+        (None, 2, "ab", "ed"),
+        (None, 9, "abcde", "edcba"),
+        ("y", None, "cde", "a"),
+        ("y", 2, "cd", "a"),
+        ("z", 2, "e", "cb"),
+        ("x", None, "", ""),
+    ],
+)
+async def test_input_is_read_in_pages_and_behind_the_last_item_of_an_id(
+    desk: Desk, ended: bool, after: str | None, most: int | None, oldest: str, newest: str
+) -> None:
+    before = await desk.turn(desk.chain(), "before", "1")
+    placement = await desk.after(before)
+    given = [{"id": id, "type": "message", "content": text} for id, text in zip(IDS, "abcde", strict=True)]
+    response_id = await desk.begin(placement, input=orjson.dumps(given))
+    if ended:
+        await desk.end(response_id, placement, list("abcde"), ["2"])
+        row = await desk.row(response_id)
+        async with desk.database.transaction() as connection:
+            for number, id in enumerate(IDS):
+                here = (items.c.branch_id == row.branch_id) & (items.c.position == row.first + number)
+                await connection.execute(update(items).where(here).values(item_id=id))
+    row = await desk.row(response_id)
+    async with desk.database.reading() as connection:
+        for newest_first, expected in ((False, oldest), (True, newest)):
+            found = await read_input(connection, row, after=after, most=most, newest_first=newest_first)
+            assert [item["content"] for item in found] == list(expected)
+        for unknown in ("w", "", "\0"):
+            with pytest.raises(NotFound):
+                await read_input(connection, row, after=unknown)
+
+
+async def test_of_the_input_no_more_is_read_than_the_page(desk: Desk) -> None:
+    placement = desk.chain()
+    response_id = await desk.begin(placement)
+    await desk.end(response_id, placement, list("abcde"), ["1"])
+    async with desk.database.transaction() as connection:
+        await connection.execute(update(items).where(items.c.position.not_in([1, 2])).values(payload=b"no JSON"))
+    row = await desk.row(response_id)
+    async with desk.database.reading() as connection:
+        (item_id,) = (await connection.execute(select(items.c.item_id).where(items.c.position == 3))).scalars()
+        found = await read_input(connection, row, after=item_id, most=2, newest_first=True)
+    assert [item["content"] for item in found] == ["c", "b"]
+
+
 async def test_the_input_of_a_running_response_can_be_read_and_its_output_is_empty(desk: Desk) -> None:
     running = await desk.begin(desk.chain(), input=b'[{"type":"message","content":"a"}]')
     row = await desk.row(running)
@@ -146,3 +212,22 @@ async def test_a_client_that_sent_its_history_gets_all_of_it_as_input(desk: Desk
     async with desk.database.reading() as connection:
         assert [item["content"] for item in await read_input(connection, row)] == ["a", "1", "b"]
         assert [item["content"] for item in await read_output(connection, row)] == ["2"]
+
+
+async def test_a_long_journal_is_folded_in_turn_with_everybody_else(desk: Desk) -> None:
+    row = await desk.row(await desk.begin(desk.chain()))
+    deltas: list[Delta] = [
+        Accepted(),
+        Open(0, {"id": "msg_1", "type": "message", "content": []}),
+        Part(0, "output_text"),
+    ]
+    entries = [Entry(0, 5, encode(deltas)), Entry(5, 10 * PORTION, encode([Text(0, "a")] * (10 * PORTION)))]
+    folding = asyncio.create_task(fold_journal(row, entries))
+    turns = 0
+    while not folding.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns > 10
+    builder = folding.result()
+    assert builder.response() == fold(envelope_at_creation(row), [entry.payload for entry in entries]).response()
+    assert builder.output[0]["content"][0]["text"] == "a" * 10 * PORTION

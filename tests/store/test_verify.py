@@ -3,9 +3,11 @@
 import asyncio
 import shutil
 import sqlite3
+from collections.abc import Awaitable, Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine, delete, event
@@ -308,3 +310,50 @@ async def test_a_branch_that_is_needed_below_its_beginning_only_stays_without_it
         await connection.execute(delete(threads))
         await collect(connection, [forked.branch_id])
     assert await found(each_database, desk.clock()) == set()
+
+
+FORKS = [
+    "INSERT INTO branches (id, tenant, thread_id, parent_branch, parent_position, head)"
+    " SELECT printf('%016x%012x', 7, n), '', 'thread', CASE WHEN n > 1 THEN printf('%016x%012x', 7, 1) END, 0, 0"
+    " FROM s",
+    "INSERT INTO responses (id, tenant, thread_id, base, branch_id, first, own, output_at, stop, status, model,"
+    " backend, background, store, envelope, epoch, created_at) SELECT printf('resp_%016x%034x', 7, n), '', 'thread',"
+    " printf('%016x%012x', 7, 1), printf('%016x%012x', 7, n), 0, 0, 0, 0, 'completed', 'm', 'echo', false, true, '{}',"
+    " 1, 1 FROM s",
+]
+
+
+@pytest.mark.parametrize("damage", ["", "UPDATE responses SET status = 'failed', branch_id = NULL, error = '{}'"])
+async def test_the_cost_does_not_grow_with_the_square_of_a_threads_forks(sqlite_template: Path, damage: str) -> None:
+    """Where its responses are on the branches, and where nothing needs these."""
+
+    async def cost(forks: int) -> int:
+        """SQLite's steps, in thousands."""
+        file = shutil.copy(sqlite_template, sqlite_template.with_name(f"forks{forks}.db"))
+        with closing(sqlite3.connect(file, isolation_level=None)) as connection:
+            for statement in FORKS:
+                series = f"WITH RECURSIVE s(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM s WHERE n < {forks}) "
+                connection.execute(statement.replace(" SELECT", f" {series} SELECT", 1))
+            connection.executescript(damage)
+        return await steps(lambda: verify(f"sqlite+aiosqlite:///{file}", LEASE, lambda _: None, 1.0))
+
+    assert await cost(4000) < 10 * await cost(1000)
+
+
+async def steps(work: Callable[[], Awaitable[object]]) -> int:
+    """How many thousand steps SQLite takes for the work."""
+    taken = 0
+
+    def count() -> None:
+        nonlocal taken
+        taken += 1
+
+    def listen(connection: Any, _: object) -> None:
+        connection.run_async(lambda driver: driver.set_progress_handler(count, 1000))
+
+    event.listen(Engine, "connect", listen)
+    try:
+        await work()
+    finally:
+        event.remove(Engine, "connect", listen)
+    return taken

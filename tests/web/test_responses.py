@@ -204,6 +204,7 @@ async def test_pages_follow_one_another_without_gap_or_repeat(listed: tuple[Site
         ("order=", 400, "order"),
         ("after=msg_none", 404, "after"),
         ("after=", 404, "after"),
+        ("after=%00", 404, "after"),
         ("limit=100", 200, None),
         ("limit=1&limit=5", 200, None),
         ("include[]=message.input_image.image_url", 200, None),
