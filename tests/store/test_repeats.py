@@ -15,7 +15,7 @@ from responses_ingress.store.retention import drop_journals
 from responses_ingress.store.tables import responses, threads
 from responses_ingress.store.turns import append_journal, begin, begin_claimed, end, use
 from responses_ingress.store.values import Ending, Entry, Keep, Placement
-from responses_ingress.store.writer import Batch, Lease
+from responses_ingress.store.writer import Batch, Lease, Unit
 from tests.store.desk import LEASE, NOW, Desk
 
 NAME, BODY = b"n" * 16, b"b" * 16
@@ -48,6 +48,21 @@ async def expiry(desk: Desk, response_id: str) -> float | None:
 
 
 # A request that is made again.
+
+
+async def test_of_what_is_asked_over_and_over_only_the_last_time_is_read_and_only_for_a_repeat(desk: Desk) -> None:
+    ids = []
+    for _ in range(3):
+        ids.append(await desk.begin(desk.chain(), retry=Retry(b"name")))
+        desk.clock.now += 1
+
+    def told(attaches: bool) -> Unit[list[str]]:
+        return Unit(
+            lambda batch: [known.id for known in batch.repeats[b"name"]], repeats=(Retry(b"name", None, attaches),)
+        )
+
+    assert await desk.database.submit(told(attaches=True)) == ids[-1:]
+    assert await desk.database.submit(told(attaches=False)) == []
 
 
 async def test_a_request_that_runs_is_not_begun_again(desk: Desk, other_desk: Desk) -> None:

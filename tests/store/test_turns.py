@@ -9,7 +9,6 @@ import orjson
 import pytest
 from sqlalchemy import select
 
-from responses_ingress.core.request import Retry
 from responses_ingress.errors import PlacementOutdated, StaleWriter, StoreUnavailable, ThreadBusy
 from responses_ingress.ids import named_thread
 from responses_ingress.store.history import read_payloads
@@ -18,7 +17,6 @@ from responses_ingress.store.responses import read_input, read_journal, read_out
 from responses_ingress.store.tables import responses, threads
 from responses_ingress.store.turns import append_journal, begin, end
 from responses_ingress.store.values import DEFAULT_KEEP, Ending, Entry, Keep, Owner, Placement
-from responses_ingress.store.writer import Unit
 from tests.store.desk import LEASE, NOW, Desk
 
 
@@ -188,21 +186,6 @@ async def test_what_repeats_from_turn_to_turn_is_stored_once(desk: Desk) -> None
     await desk.begin(desk.chain("tenant"), preamble=preamble)
     assert await desk.count("preambles") == 2
     assert {(await desk.row(id)).preamble for id in ids} == {preamble[1]}
-
-
-async def test_of_what_is_asked_over_and_over_only_the_last_time_is_read_and_only_for_a_repeat(desk: Desk) -> None:
-    ids = []
-    for _ in range(3):
-        ids.append(await desk.begin(desk.chain(), retry=Retry(b"name")))
-        desk.clock.now += 1
-
-    def told(attaches: bool) -> Unit[list[str]]:
-        return Unit(
-            lambda batch: [known.id for known in batch.repeats[b"name"]], repeats=(Retry(b"name", None, attaches),)
-        )
-
-    assert await desk.database.submit(told(attaches=True)) == ids[-1:]
-    assert await desk.database.submit(told(attaches=False)) == []
 
 
 async def test_a_response_that_exists_already_is_refused_and_stays(desk: Desk) -> None:
