@@ -214,7 +214,9 @@ async def _judge_branches(
     ups = await connection.execute(_CIRCLES, {"ids": [row.id for row in rows]})
     circles = {up.origin for up in ups if up.origin == up.id}
     wrong += [(row, "it is its own ancestor") for row in rows if row.id in circles]
-    left = [row for row in rows if needed(row) is None and not row.in_thread and not row.begun_on]
+    left = [
+        row for row in rows if needed(row) is None and not (row.forked is not None or row.in_thread or row.begun_on)
+    ]
     if left:  # a turn of a forked thread may have begun on it, and that has another partition
         bases = set((await connection.execute(_BASES, {"ids": [row.id for row in left]})).scalars())
         wrong += [(row, "nothing needs it") for row in left if row.id not in bases]
