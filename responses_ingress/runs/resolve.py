@@ -31,7 +31,14 @@ from responses_ingress.errors import (
 )
 from responses_ingress.ids import Ids, named_thread, partition_of, root_branch
 from responses_ingress.store.database import Database
-from responses_ingress.store.history import ThreadHead, find_items, find_thread, read_digests, read_payloads
+from responses_ingress.store.history import (
+    ThreadHead,
+    find_holder,
+    find_items,
+    find_thread,
+    read_digests,
+    read_payloads,
+)
 from responses_ingress.store.responses import StoredResponse, find_response
 from responses_ingress.store.values import NewItem, Placement
 
@@ -218,6 +225,8 @@ async def _carried(
     position, tail = align(stored, digests)
     if position == 0 and placement.root is not None:
         placement = replace(placement, branch_id=placement.root)
+    elif 0 < position < placement.position:
+        placement = replace(placement, holder=await find_holder(connection, placement.branch_id, position))
     placement = replace(placement, position=position, first=0)
     return _resolved(ids, placement, given[:tail], given[tail:], digests[tail:])
 

@@ -93,6 +93,7 @@ _PAYLOADS = _on_branch(items.c.payload)
 _DIGESTS = _on_branch(items.c.type, items.c.digest)
 _ITEMS = _on_branch(items.c.item_id, items.c.type, items.c.payload)
 _POSITIONS = _on_branch(items.c.position).where(items.c.item_id == bindparam("item"))
+_HOLDERS = _on_branch(items.c.branch_id)
 
 
 async def read_payloads(connection: AsyncConnection, branch: str, first: int, stop: int) -> list[bytes]:
@@ -109,6 +110,12 @@ async def read_items(connection: AsyncConnection, branch: str, first: int, stop:
     return [
         StoredItem(row.item_id, row.type, row.payload) for row in await _read(connection, _ITEMS, branch, first, stop)
     ]
+
+
+async def find_holder(connection: AsyncConnection, branch: str, position: int) -> str | None:
+    """Which branch of its line holds what comes right before `position` on a branch; None at the beginning."""
+    rows = await _read(connection, _HOLDERS, branch, position - 1, position)
+    return rows[0].branch_id if rows else None
 
 
 async def _read(

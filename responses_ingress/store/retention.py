@@ -216,22 +216,26 @@ async def _drop_preambles(connection: AsyncConnection, told: Collection[tuple[st
 
 
 _of_ids = branches.c.id.in_(bindparam("ids", expanding=True))
-_PARENTS = select(branches.c.parent_branch).where(_of_ids, branches.c.parent_branch.is_not(None))
+_children = branches.alias("children")
+# Each step is a scalar: for a join PostgreSQL would read the whole table.
+_line = select(branches.c.id).where(_of_ids).cte("line", recursive=True)
+_above = select(branches.c.parent_branch).where(branches.c.id == _line.c.id).scalar_subquery()
+_LINE = select(_line.union(select(_above).select_from(_line).where(_line.c.id.is_not(None))).c.id)
+_LED_TO = (
+    select(_children.c.id)
+    .join(branches, branches.c.id == _children.c.parent_branch)
+    .where(_of_ids, _children.c.parent_position <= branches.c.parent_position)
+)
 _LOCK_BRANCHES = select(branches.c.id).where(_of_ids).order_by(branches.c.id).with_for_update()
 
 
 async def _lock_branches(connection: AsyncConnection, ids: Iterable[str]) -> None:
-    """Lock the branches and all they came from. (PostgreSQL would read the whole table for a recursive query.)"""
-    known = dict.fromkeys(ids)
-    step = list(known)
-    while step:
-        parents = (await connection.execute(_PARENTS, {"ids": step})).scalars()
-        step = [id for id in dict.fromkeys(parents) if id not in known]
-        known.update(dict.fromkeys(step))
-    await connection.execute(_LOCK_BRANCHES, {"ids": list(known)})
+    """Lock the branches, all they came from, and what any of these is only the way to."""
+    line = [id for id in (await connection.execute(_LINE, {"ids": list(ids)})).scalars() if id is not None]
+    led_to = (await connection.execute(_LED_TO, {"ids": line})).scalars()
+    await connection.execute(_LOCK_BRANCHES, {"ids": [*line, *led_to]})
 
 
-_children = branches.alias("children")
 NEEDS = (
     branches.c.id,
     branches.c.parent_branch,
@@ -253,6 +257,12 @@ NEEDS = (
 _NEEDED = select(*NEEDS).where(_of_ids)
 _CUT = delete(items).where(items.c.branch_id == bindparam("branch"), items.c.position >= bindparam("end"))
 _GONE = delete(branches).where(_of_ids)
+_way = branches.alias("way")
+_PASS_ON = (
+    update(branches)
+    .where(branches.c.parent_branch == bindparam("branch"))
+    .values(parent_branch=select(_way.c.parent_branch).where(_way.c.id == bindparam("branch")).scalar_subquery())
+)
 _SHORTER = (
     update(branches)
     .where(branches.c.id == bindparam("branch"))
@@ -262,7 +272,7 @@ _SHORTER = (
 
 async def collect(connection: AsyncConnection, candidates: Iterable[str]) -> None:
     """Delete what nothing needs of these branches: their last items, or all of them; and then maybe of their
-    parents."""
+    parents. What grew out of one that is gone grows out of its parent."""
     all_of_them = sorted(set(candidates))
     for start in range(0, len(all_of_them), _MOST_IDS):
         left = all_of_them[start : start + _MOST_IDS]
@@ -275,13 +285,16 @@ async def _cut(connection: AsyncConnection, found: Sequence[Row[Any]]) -> list[s
     """Cut these branches off behind what is needed of them; the parents of which less is needed then."""
     too_long = [(branch, end) for branch in found if (end := needed(branch)) is None or end < branch.head]
     gone = [branch for branch, end in too_long if end is None]
-    shorter = [  # one may be only the way to what begins before it does
+    shorter = [  # a running turn may go on from before the place where its branch begins
         {"branch": branch.id, "end": end, "begins": min(end, branch.parent_position)}
         for branch, end in too_long
         if end is not None
     ]
     if too_long:
         await connection.execute(_CUT, [{"branch": branch.id, "end": end or 0} for branch, end in too_long])
+    ways = [{"branch": branch.id} for branch in gone if branch.forked is not None]
+    if ways:  # one by one, since one may lead to the next
+        await connection.execute(_PASS_ON, ways)
     if gone:
         await connection.execute(_GONE, {"ids": [branch.id for branch in gone]})
     if shorter:
@@ -291,8 +304,11 @@ async def _cut(connection: AsyncConnection, found: Sequence[Row[Any]]) -> list[s
 
 
 def needed(branch: Row[Any]) -> int | None:
-    """Up to which position something needs the branch, which has `NEEDS`; None where nothing does."""
+    """Up to which position something needs the branch, which has `NEEDS`; None where nothing does. None of its
+    items is needed by what grows out of it no later than it begins itself: it is only the way there."""
     if branch.active:
         return int(branch.head)
-    ends = [end for end in (branch.stop, branch.begun, branch.forked) if end is not None]
+    ends = [end for end in (branch.stop, branch.begun) if end is not None]
+    if branch.forked is not None and (ends or branch.forked > branch.parent_position):
+        ends.append(branch.forked)
     return max(ends) if ends else None

@@ -381,7 +381,7 @@ def end(response_id: str, owner: Owner, placement: Placement, ending: Ending) ->
         apply,
         responses=(response_id,),
         threads=(placement.thread_id,) if is_named(placement.thread_id) else (),
-        branches=(placement.branch_id,) if ending.moves_branch else (),
+        branches=(placement.branch_id, placement.holder or placement.branch_id) if ending.moves_branch else (),
         patient=True,
     )
 
@@ -422,7 +422,11 @@ def check_lease(batch: Batch, response_id: str, owner: Owner) -> None:
 
 
 def _append_items(batch: Batch, placement: Placement, ending: Ending) -> str:
-    """Put the turn's items on its branch, or on a new one where that branch has gone on without it."""
+    """Put the turn's items on its branch, or on a new one where that branch has gone on without it.
+
+    A new one grows out of the branch that holds what comes before it. Were it the one that the turn continues,
+    also where that begins later, a session rewritten at its end again and again would have an ever longer line.
+    """
     new = [*ending.input, *ending.output]
     stop = placement.position + len(new)
     branch = batch.branches.get(placement.branch_id)
@@ -431,8 +435,9 @@ def _append_items(batch: Batch, placement: Placement, ending: Ending) -> str:
     if branch.head == placement.position and _is_its_own(batch, placement, branch):
         batch.move_head(branch, stop)
     else:
-        parent, branch = branch, Branch(placement.new_branch, placement.thread_id, placement.position)
-        batch.add_branch(branch, placement.tenant, parent.id)
+        parent = batch.branches.get(placement.holder or branch.id, branch)
+        branch = Branch(placement.new_branch, placement.thread_id, placement.position)
+        batch.add_branch(branch, placement.tenant, parent.id if placement.position else None)
         batch.move_head(branch, stop)
     for offset, item in enumerate(new):
         batch.add(

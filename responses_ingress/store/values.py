@@ -18,6 +18,8 @@ class Placement:
     root:        the id of the branch that a new thread begins with; None where the thread is not new.
     first:       the position of its first input item; below `position` where the client sent history.
     new_branch:  the id for a branch, should it need one of its own.
+    holder:      which branch of that one's line holds what comes right before `position`, where that is known to
+                 be another; a branch of its own grows out of it.
     exclusive:   the thread is a session, and this needs its one running turn. `seen` is then its active
                  branch and that branch's head as they were read, or None where it did not exist.
     """
@@ -32,6 +34,7 @@ class Placement:
     root: str | None = None
     exclusive: bool = False
     seen: tuple[str, int] | None = None
+    holder: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

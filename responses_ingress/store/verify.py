@@ -210,7 +210,7 @@ async def _judge_branches(
     ups = await connection.execute(_CIRCLES, {"ids": [row.id for row in rows]})
     circles = {up.origin for up in ups if up.origin == up.id}
     wrong += [(row, "it is its own ancestor") for row in rows if row.id in circles]
-    left = {row.id: row for row in rows if needed(row) is None and not row.in_thread}
+    left = {row.id: row for row in rows if needed(row) is None and row.forked is None and not row.in_thread}
     for bases in (_OWN_BASES, _BASES):  # what begins in a forked thread has another partition
         if left:
             ids = list(left)

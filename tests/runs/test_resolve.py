@@ -8,6 +8,7 @@ import orjson
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import select
 
 from responses_ingress.core.items import digest
 from responses_ingress.errors import (
@@ -20,6 +21,8 @@ from responses_ingress.errors import (
 )
 from responses_ingress.ids import named_thread, partition_of
 from responses_ingress.store.history import read_payloads
+from responses_ingress.store.retention import delete_expired
+from responses_ingress.store.tables import branches
 from tests.runs.play import Json, Play, assistant, brief, call, output, thought, user
 from tests.store.desk import at_desk
 
@@ -340,6 +343,37 @@ async def test_a_history_may_be_rolled_back_further_than_where_its_branch_began(
     assert await play.history() == ["a", "d", "4"]
     await play.carries([user("a"), user("d"), assistant("4"), user("e")], "5")
     assert await play.history() == ["a", "d", "4", "e", "5"]
+
+
+@pytest.mark.parametrize("shared", [0, 2, 3], ids=["all of it", "its second turn", "its second answer"])
+async def test_a_session_rewritten_again_and_again_keeps_a_short_line(play: Play, shared: int) -> None:
+    await play.carries([user("a")], "1")
+    await play.carries([user("a"), assistant("1"), user("b")], "2")
+    beginning = [user("a"), assistant("1"), user("b")][:shared]
+    for number in range(50):
+        sent = [*beginning, assistant(f"so {number}"), user("go on")]
+        await play.turn({"input": sent}, f"{number}!", caller_thread_key="s")
+        assert await play.history() == [*brief(beginning), f"so {number}", "go on", f"{number}!"]
+        assert await length_of_line(play) <= 2
+    await play.turn({"input": [*sent, assistant("49!"), user("c")]}, "3", caller_thread_key="s")
+    play.desk.clock.now += 40 * 86_400
+    async with play.desk.database.transaction() as connection:
+        assert await delete_expired(connection, play.desk.clock()) == 51
+    assert await play.history() == [*brief(beginning), "so 49", "go on", "49!", "c", "3"]
+    assert (await play.counts())["branches"] == (2 if beginning else 1)
+
+
+async def length_of_line(play: Play) -> int:
+    """How many branches the session's history lies on, or passes."""
+    head = await play.desk.thread()
+    assert head is not None
+    async with play.desk.database.reading() as connection:
+        rows = await connection.execute(select(branches.c.id, branches.c.parent_branch))
+    parents = {row.id: row.parent_branch for row in rows}
+    line = [head.active_branch]
+    while (parent := parents[line[-1]]) is not None:
+        line.append(parent)
+    return len(line)
 
 
 async def test_a_request_sent_again_after_its_answer_was_lost_is_not_doubled(play: Play) -> None:

@@ -6,12 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from sqlalchemy import insert, select
 
 from responses_ingress.core.request import Retry
 from responses_ingress.errors import InvalidRequest
+from responses_ingress.store.history import find_holder
 from responses_ingress.store.queue import hand_over
 from responses_ingress.store.responses import find_response, load, read_journal
 from responses_ingress.store.retention import (
@@ -23,9 +22,9 @@ from responses_ingress.store.retention import (
 )
 from responses_ingress.store.tables import branches, responses
 from responses_ingress.store.turns import append_journal, use
-from responses_ingress.store.values import Entry, Keep
+from responses_ingress.store.values import Entry, Keep, Placement
 from tests.store.claims import delete_beyond
-from tests.store.desk import LEASE, Clock, Desk, at_desk
+from tests.store.desk import LEASE, Desk
 from tests.store.test_history import statements
 
 NOTHING = {"responses": 0, "branches": 0, "items": 0, "journal": 0}
@@ -469,6 +468,84 @@ async def test_a_fork_of_a_fork_that_is_gone_keeps_the_way_to_what_it_needs(desk
     assert await desk.count("items") == 2
 
 
+async def test_a_session_rewritten_at_its_end_keeps_only_the_branches_that_hold_something(desk: Desk) -> None:
+    """Each fork here grows out of the one before it, and begins where that one does."""
+    first = await desk.turn(await desk.session(), "a", "A")
+    old = [await desk.turn(replace(await desk.session(), position=2), f"{n}", f"{n}!") for n in range(50)]
+    kept, last = old.pop(20), old.pop()
+    for id in (first, *old):
+        assert await desk.delete(id)
+    assert await desk.lineage(kept) == ["a", "A", "20", "20!"]
+    assert await desk.history() == await desk.lineage(last) == ["a", "A", "49", "49!"]
+    assert (await desk.count("branches"), await desk.count("items")) == (3, 6)
+    desk.clock.now += 100
+    assert await idle(desk, 50) == 1
+    for id in (kept, last):
+        assert await desk.delete(id)
+    assert await rows(desk) == NOTHING
+
+
+async def test_a_long_line_takes_as_many_statements_as_a_short_one(desk: Desk) -> None:
+    counts = []
+    for length in (2, 30):
+        ids = [await desk.turn(await desk.session(str(length)), "a", "A", keep=KEEP)]
+        for number in range(length):
+            place = replace(await desk.session(str(length)), position=number + 1)
+            ids.append(await desk.turn(place, "b", "B", keep=KEEP))
+        async with desk.database.transaction() as connection:
+            seen = statements(connection)
+            assert await delete_response(connection, "", ids[-1], desk.clock())
+        counts.append(len(seen))
+    assert counts[0] == counts[1]
+
+
+async def rewritten(desk: Desk, position: int) -> Placement:
+    """The place of a session's next turn, whose client goes on from before its end."""
+    place = await desk.session()
+    async with desk.database.reading() as connection:
+        holder = await find_holder(connection, place.branch_id, position)
+    return replace(place, position=position, first=0, holder=holder)
+
+
+async def test_what_a_running_turn_will_grow_out_of_stays(desk: Desk) -> None:
+    ids = [await desk.turn(await desk.session(), "a", "A")]
+    for position in (1, 2):
+        ids.append(await desk.turn(await rewritten(desk, position), f"{position}", f"{position}!"))
+    place = await rewritten(desk, 1)
+    running = await desk.begin(place)
+    for id in ids:
+        assert await desk.delete(id)
+    await desk.end(running, place, ["b"], ["B"])
+    assert await desk.history() == await desk.lineage(running) == ["a", "b", "B"]
+    assert await desk.count("branches") == 4  # also the two that it came by
+    assert await desk.delete(running)
+    assert (await desk.count("branches"), await desk.count("items")) == (2, 3)
+
+
+async def test_a_way_that_a_running_turn_came_by_leads_on_to_what_begins_above_it(desk: Desk) -> None:
+    """A turn that lost its lease runs on from before the place where the other fork begins."""
+    first = await desk.turn(await desk.session(), "a", "A")
+    second = await desk.turn(await desk.session(), "b", "B")
+    third = await desk.turn(replace(await desk.session(), position=3), "c", "C")
+    place = replace(await desk.session(), position=1)
+    late = await desk.begin(place)
+    desk.clock.now += LEASE + 1
+    fourth = await desk.turn(replace(await desk.session(), position=2), "d", "D")
+    for id in (third, second, first):
+        assert await desk.delete(id)
+    assert await desk.history() == await desk.lineage(fourth) == ["a", "A", "d", "D"]
+    await desk.end(late, place, ["e"], ["E"])
+    assert await desk.lineage(late) == ["a", "e", "E"]
+
+
+async def test_what_begins_anew_needs_nothing_of_what_was(desk: Desk) -> None:
+    first = await desk.turn(await desk.session(), "a", "A")
+    await desk.turn(replace(await desk.session(), position=0), "b", "B")
+    assert await desk.delete(first)
+    assert await desk.history() == ["b", "B"]
+    assert (await desk.count("branches"), await desk.count("items")) == (1, 2)
+
+
 async def test_a_running_turn_keeps_what_it_builds_on_and_no_more(desk: Desk) -> None:
     ids = await chain(desk, 3)
     place = await desk.after(ids[0])
@@ -514,83 +591,3 @@ async def test_what_repeats_stays_as_long_as_anybody_has_it(desk: Desk) -> None:
     assert await desk.count("preambles") == 1
     assert (await desk.row(ids[2], "you")).preamble == preamble[1]
     assert (await desk.row(await desk.begin(desk.chain("me"), preamble=preamble), "me")).preamble == preamble[1]
-
-
-# Trees against a model that copies lists. What is present must be what the living need, to the item.
-
-steps = st.lists(st.tuples(st.sampled_from("tfd"), st.integers(0, 30)), min_size=1, max_size=20)
-
-
-@given(steps)
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_of_any_tree_exactly_what_is_needed_is_kept(
-    copy_of_database: Callable[[], str], steps: list[tuple[str, int]]
-) -> None:
-    async def play() -> None:
-        async with at_desk(copy_of_database(), Clock()) as desk:
-            made: dict[str, list[str]] = {}
-            for number, (what, which) in enumerate(steps):
-                at = list(made)[which % len(made)] if made else None
-                if what == "d":
-                    if at is not None:
-                        await desk.delete(at)
-                        del made[at]
-                else:
-                    place = desk.chain() if at is None else await desk.after(at)
-                    status = "failed" if what == "f" else "completed"
-                    id = await desk.turn(place, f"{number}", f"{number}!", status=status)
-                    if what == "f":
-                        await desk.delete(id)
-                    else:
-                        made[id] = [*made.get(at or "", ()), f"{number}", f"{number}!"]
-                await check(desk, made)
-            for id in list(made):
-                await desk.delete(id)
-            assert await rows(desk) == NOTHING
-
-    asyncio.run(play())
-
-
-async def check(desk: Desk, made: dict[str, list[str]]) -> None:
-    for id, history in made.items():
-        assert await desk.lineage(id) == history
-    assert await desk.count("items") == len({text for history in made.values() for text in history})
-
-
-turns = st.lists(st.tuples(st.sampled_from("tud"), st.integers(0, 30)), min_size=1, max_size=16)
-
-
-@given(turns)
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_session_that_is_rewritten_anywhere_keeps_every_history_and_leaves_nothing(
-    copy_of_database: Callable[[], str], turns: list[tuple[str, int]]
-) -> None:
-    async def play() -> None:
-        async with at_desk(copy_of_database(), Clock()) as desk:
-            made: dict[str, list[str]] = {}
-            history: list[str] = []
-            for number, (what, which) in enumerate(turns):
-                if what == "d":
-                    if made:
-                        gone = list(made)[which % len(made)]
-                        await desk.delete(gone)
-                        del made[gone]
-                else:
-                    position = which % (len(history) + 1)
-                    place = replace(await desk.session(), position=position, first=0)
-                    id = await desk.turn(place, f"{number}", f"{number}!", store=what == "t")
-                    history = [*history[:position], f"{number}", f"{number}!"]
-                    if what == "t":
-                        made[id] = history
-                if history:
-                    assert await desk.history() == history
-                for id, lineage in made.items():
-                    assert await desk.lineage(id) == lineage
-            desk.clock.now += 100
-            await idle(desk, 50)
-            await check(desk, made)
-            for id in list(made):
-                await desk.delete(id)
-            assert await rows(desk) == NOTHING
-
-    asyncio.run(play())
