@@ -66,7 +66,7 @@ async def test_the_writer_waits_for_one_transaction_at_the_most(desk: Desk, each
         written = desk.database.submit(insertion(20))
         if is_sqlite(each_database):  # where it waits for the one that has begun
             go_on.set()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await written
         assert len(done) <= 2
         go_on.set()
