@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from responses_ingress.core.builder import Builder, Event
 from responses_ingress.core.deltas import Delta, decode
 from responses_ingress.core.envelope import Envelope
-from responses_ingress.core.replay import deltas_of_response, ending
+from responses_ingress.core.replay import PORTION, deltas_of_response, ending
 from responses_ingress.errors import HandedOver, IllegalDelta, IngressError, NotFound, StoreUnavailable
 from responses_ingress.runs.feed import Feed, Follower
 from responses_ingress.runs.run import Run
@@ -39,7 +39,6 @@ POLL = 1.0
 """Seconds between two looks at what nobody rang for."""
 
 _MOST_EVENTS = 256
-_PORTION = 256  # deltas, a millisecond's worth
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +183,7 @@ class Tail:
         """Publish what the deltas make, in portions: a long journal must not hold up everybody else."""
         for number, delta in enumerate(deltas, 1):
             self._builder.feed(delta)
-            if number % _PORTION == 0:
+            if number % PORTION == 0:
                 self._publish()
                 await asyncio.sleep(0)
         self._publish()

@@ -192,17 +192,18 @@ class Upkeep:
 
     async def _thin_out(self, most: int) -> None:
         """Choose many at a time, which reads much, and delete in small transactions."""
-        deleted = 1
-        while deleted:
-            deleted = 0
+        while True:
             async with self._database.reading() as connection:
                 chosen = await find_beyond(connection, most)
+            deleted = 0
             for start in range(0, len(chosen), MOST):
                 if self._stopping.is_set():
                     return
                 async with self._database.transaction() as connection:
                     deleted += await delete_chosen(connection, chosen[start : start + MOST])
                 await asyncio.sleep(_BREATH)
+            if not deleted:
+                return
 
 
 async def _each(rows: Sequence[StoredResponse], see_to: Callable[[StoredResponse], Awaitable[None]]) -> None:

@@ -15,6 +15,7 @@ import orjson
 from responses_ingress.core.deltas import Delta, Item
 from responses_ingress.core.items import digest
 from responses_ingress.errors import (
+    Busy,
     ContextLengthExceeded,
     IngressError,
     ModelNotFound,
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 _OURS: Mapping[str | None, type[IngressError]] = {
     error.code: error
     for error in (
+        Busy,
         ContextLengthExceeded,
         ModelNotFound,
         PreviousNotCompleted,

@@ -33,7 +33,7 @@ MOST = 100
 _MOST_ROWS = 2_000
 """Rows of items or of journals that one call is to delete with them; but one response or thread has any number."""
 
-_MOST_CHOSEN = 1_000
+_MOST_CHOSEN = 1_000  # that are found beyond a number at a time
 _MOST_IDS = 1_000  # in one statement, of which PostgreSQL takes 32,767
 
 _CHOSEN = (responses.c.id, responses.c.tenant, responses.c.preamble, responses.c.branch_id, responses.c.base)

@@ -11,6 +11,7 @@ from sqlalchemy.event import listen, remove
 from responses_ingress.core.builder import Event
 from responses_ingress.core.deltas import Close, Remember, Text
 from responses_ingress.errors import (
+    Busy,
     ContextLengthExceeded,
     CursorExpired,
     IngressError,
@@ -87,6 +88,7 @@ async def test_another_process_sees_the_same_events_as_they_come(migrated_databa
         UpstreamError("No.", code="rate_limit_exceeded", status=429),
         UpstreamError("No.", code="server_is_overloaded", status=503),
         ContextLengthExceeded("No."),
+        Busy("No."),
         ServerRestarted("No."),
         StoreUnavailable("No."),
     ],

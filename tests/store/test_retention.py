@@ -233,9 +233,8 @@ async def test_a_crowd_is_deleted_a_part_at_a_time(desk: Desk) -> None:
 
 
 async def test_what_cannot_be_deleted_yet_is_in_nobodys_way(desk: Desk) -> None:
-    awaited = [await desk.turn(desk.chain(), "a", "1", keep=KEEP) for _ in range(3)]
-    for parent in awaited:
-        await desk.wait(previous_response_id=parent)
+    awaited = await asyncio.gather(*(desk.turn(desk.chain(), "a", "1", keep=KEEP) for _ in range(MOST)))
+    await asyncio.gather(*(desk.wait(previous_response_id=parent, most=MOST) for parent in awaited))
     desk.clock.now += 1
     later = await desk.turn(desk.chain(), "b", "2", keep=KEEP)
     desk.clock.now += 900
