@@ -172,17 +172,18 @@ async def test_a_run_that_nobody_follows_makes_way_for_the_next_turn(stage: Stag
 
 
 async def test_who_waits_for_a_thread_has_it_as_soon_as_its_run_is_left(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
+    migrated_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("responses_ingress.runs.runner.POLL", 3600)
-    first = await stage.play(opened(), asyncio.Event(), caller=SESSION)
-    with first.follow():
-        second = asyncio.create_task(stage.play(*spoken("two"), caller=SESSION))
-        await (await stage.play(*spoken("meanwhile"), caller=ELSEWHERE)).ended
-        assert not second.done()
-    async with asyncio.timeout(20):
-        await (await second).ended
-    assert first.status == "cancelled"
+    async with staged(migrated_database, Limits(disconnect_grace=3600)) as stage:
+        first = await stage.play(opened(), asyncio.Event(), caller=SESSION)
+        with first.follow():
+            second = asyncio.create_task(stage.play(*spoken("two"), caller=SESSION))
+            await (await stage.play(*spoken("meanwhile"), caller=ELSEWHERE)).ended
+            assert not second.done()
+        async with asyncio.timeout(20):
+            await (await second).ended
+        assert first.status == "cancelled"
 
 
 async def test_who_waits_for_a_run_does_not_look_again_whenever_it_journals(migrated_database: str) -> None:

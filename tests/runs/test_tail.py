@@ -108,6 +108,20 @@ async def test_another_process_tells_a_failure_as_the_same_http_error(
     assert (failure.status, failure.code, failure.message) == (run.error.status, run.error.code, run.error.message)
 
 
+async def test_another_process_is_woken_by_what_is_journaled(
+    postgres_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite wakes no other process: there it looks each second."""
+    monkeypatch.setattr("responses_ingress.runs.tail.POLL", 3600)
+    async with two(postgres_database) as (there, here), asyncio.timeout(30):
+        hold = asyncio.Event()
+        run = await there.play(opened(), [Text(0, "so ")], hold, [Text(0, "far")], asyncio.Event(), background=True)
+        with (await tail_of(here, run.id)).follow() as follower:
+            await read_until(follower, "response.output_text.delta")
+            hold.set()
+            await read_until(follower, "response.output_text.delta")
+
+
 async def test_a_follower_in_the_process_of_the_run_gets_text_before_it_is_journaled(unhurried: Stage) -> None:
     run = await unhurried.play(opened(), [Text(0, "so far")], asyncio.Event(), background=True)
     await taken(run, "so far")

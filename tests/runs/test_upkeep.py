@@ -143,6 +143,18 @@ async def test_of_more_than_a_tenant_may_keep_the_least_used_go(migrated_databas
         assert {row["id"] for row in stage.rows("SELECT id FROM responses")} == {*ids[2:], other.id}
 
 
+async def test_a_sweep_goes_on_until_nothing_is_left(migrated_database: str) -> None:
+    """However many transactions that takes: histories as long as these are deleted one by one."""
+    async with tidy(migrated_database, Retention(interval=0.3), Keep(response=900)) as stage:
+        given = [{"role": "user", "content": str(number)} for number in range(1500)]
+        for _ in range(3):
+            await (await stage.play(*spoken("hi"), input=given)).ended
+        stage.clock.advance(1000)
+        await until(lambda: len(stage.rows("SELECT id FROM responses")) < 3)
+        stage.clock.advance(-1000)  # for the next sweep nothing is past
+        await until(lambda: not stage.rows("SELECT id FROM responses"))
+
+
 async def test_a_sweep_that_fails_is_tried_again(migrated_database: str, caplog: pytest.LogCaptureFixture) -> None:
     async with tidy(migrated_database, Retention(interval=0.02), Keep(journal=10, response=DAY)) as stage:
         run = await stage.play(*spoken("hi"))
